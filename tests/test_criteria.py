@@ -295,8 +295,12 @@ def test_filters_are_removed_in_the_order_of_their_loss(
     consumers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
     norm_weights = torch.rand(filters, generator=generator, dtype=torch.float64)
     norm_weights = norm_weights if has_norm_weights else torch.ones(filters, dtype=torch.float64)
-    order = eliminate(covariance, consumers, filters, norm_weights if has_norm_weights else None)
+    elimination = eliminate(
+        covariance, consumers, filters, norm_weights if has_norm_weights else None
+    )
+    order = elimination.order
     curve = error_curve(covariance, consumers, order[::-1])
+    torch.testing.assert_close(elimination.errors, curve, rtol=1e-9, atol=1e-9)
     assert curve[0] == 0
     errors = curve[1:].tolist()
     ridged = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(values)
@@ -336,7 +340,10 @@ def test_many_filters_are_removed_in_the_order_of_a_plain_elimination(
     covariance = rows.T @ rows / len(rows)
     consumers = torch.randn(outputs, values, generator=generator, dtype=torch.float64)
     before = covariance.clone(), consumers.clone()
-    order = eliminate(covariance, consumers, filters)
+    elimination = eliminate(covariance, consumers, filters)
+    order = elimination.order
+    curve = error_curve(covariance, consumers, order[::-1])
+    torch.testing.assert_close(elimination.errors, curve, rtol=1e-7, atol=0)
     assert torch.equal(covariance, before[0])
     assert torch.equal(consumers, before[1])
 
@@ -362,7 +369,7 @@ def test_of_two_copies_only_one_stays() -> None:
     rows = torch.randn(200, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rows[:, 2] = 3 * rows[:, 0]
     covariance, consumers = rows.T @ rows / 200, torch.eye(4, dtype=torch.float64)
-    order = eliminate(covariance, consumers, 4)
+    order = eliminate(covariance, consumers, 4).order
     assert order[0] in (0, 2)
     errors = error_curve(covariance, consumers, order[::-1])
     assert errors[1] < 1e-2 * errors[2]
@@ -371,10 +378,10 @@ def test_of_two_copies_only_one_stays() -> None:
 def test_dead_filters_go_first_and_all_dead_ones_do_no_harm() -> None:
     rows = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     rows[:, 1] = 0
-    order = eliminate(rows.T @ rows, torch.ones(2, 4, dtype=torch.float64), 4)
+    order = eliminate(rows.T @ rows, torch.ones(2, 4, dtype=torch.float64), 4).order
     assert order[0] == 1
     nothing, consumers = torch.zeros(4, 4).double(), torch.ones(2, 4).double()
-    order = eliminate(nothing, consumers, 4)
+    order = eliminate(nothing, consumers, 4).order
     assert sorted(order) == [0, 1, 2, 3]
     assert error_curve(nothing, consumers, order).isfinite().all()
 

@@ -22,12 +22,13 @@ from secateur.pruning import sensitivity
 from secateur.pruning.ranking import Ranking, rank
 from secateur.pruning.sensitivity import is_read_apart, measure_sensitivity
 from secateur.scoring import criteria
+from secateur.scoring.criteria import reconstruction
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
     group_error_curve,
     reconstruct_channels,
 )
-from secateur.scoring.scores import score_filters
+from secateur.scoring.scores import score_filters, scores_of
 
 SETTINGS = ScoreSection()
 IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -63,6 +64,22 @@ def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> Non
         assert curve[0] == 0
         assert all(one <= other + 1e-12 for one, other in itertools.pairwise(curve))
     assert any(curve[-1] > 0 for curve in measured.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "grouped"])
+def test_the_errors_of_its_own_order_are_known_from_the_elimination(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, dependencies, moments, _ = moments_and_ranking(name)
+    ranking = rank(scores_of(moments, dependencies), dependencies, "reconstruction")
+    single = {n: g for n, g in dependencies.groups.items() if len(g.taps) == 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction, "error_curve", None)
+        known = {n: group_error_curve(g, moments, ranking.order[n]) for n, g in single.items()}
+    moments._eliminations.clear()
+    for group, curve in known.items():
+        computed = group_error_curve(single[group], moments, ranking.order[group])
+        torch.testing.assert_close(curve, computed, rtol=1e-6, atol=1e-9 * float(computed[-1]))
 
 
 def test_batches_do_not_change_the_error_gains() -> None:

@@ -74,11 +74,12 @@ class Reconstruction:
         self.needs: frozenset[Need] = baseline if vote is None else with_concepts
         self._kernels: Mapping[str, Kernels] = {}
         self._samples: dict[str, _Sample] = {}
+        self._eliminations: dict[str, Elimination] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
-        self._samples = {}
+        self._samples, self._eliminations = {}, {}
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
@@ -88,9 +89,8 @@ class Reconstruction:
         rows, columns = sample.window.positions(*features.maps.shape[2:])
         positions = _spread(features.indices, rows, columns, sample.positions)
         images = torch.arange(len(features.maps))
-        patches = sample.window.patches(
-            features.maps, positions, images
-        )  # [image, position, value]
+        # [image, position, value]
+        patches = sample.window.patches(features.maps, positions, images)
         patches = quantize(patches, sample.units, features.tap).flatten(0, 1)
         if vote is None:
             sample.moments.update(patches)
@@ -115,9 +115,10 @@ class Reconstruction:
         kernels, sample = self._kernels[tap], self._samples[tap]
         norm_weights = None if self._vote is None else _norm_weights(tap, kernels)
         consumers = _consumers(kernels, sample.window)
-        order = eliminate(sample.covariance(), consumers, kernels.filters, norm_weights)
+        elimination = eliminate(sample.covariance(), consumers, kernels.filters, norm_weights)
+        self._eliminations[tap] = elimination
         places = torch.zeros(kernels.filters, dtype=torch.float64)
-        places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
+        places[torch.tensor(elimination.order)] = torch.arange(kernels.filters, dtype=torch.float64)
         return places
 
     def errors(self, tap: str, ranking: Sequence[int]) -> Float[Tensor, "count"]:
@@ -126,6 +127,11 @@ class Reconstruction:
         Filters are removed in reverse order of `ranking`, and reconstructed by least squares from
         the remaining ones. No further pass is needed, whatever the ranking.
         """
+        elimination = self._eliminations.get(tap)
+        if elimination is not None and elimination.order == [*reversed(ranking)]:
+            errors = elimination.errors
+            if bool(errors.isfinite().all()):
+                return errors
         kernels, sample = self._kernels[tap], self._samples[tap]
         return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking).cpu()
 
@@ -190,12 +196,22 @@ def _begin(features: FeatureBatch) -> _Sample:
     return _Sample(window, positions, units, SecondMoments(len(units), kernels.device))
 
 
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """In which order filters are removed, and what that costs."""
+
+    order: list[int]
+    errors: Float[Tensor, "count"]
+    """The consumers' summed squared error without 0, 1, … up to all filters; see `error_curve`.
+    They are not finite where rounding outweighs a covariance of next to nothing."""
+
+
 def eliminate(
     covariance: Float[Tensor, "value value"],
     consumers: Float[Tensor, "output value"],
     filters: int,
     norm_weights: Float[Tensor, "filter"] | None = None,
-) -> list[int]:
+) -> Elimination:
     """Return the order in which filters are removed if each step removes the least missed.
 
     A filter has one value for each offset of a patch (`value = offset * filters + filter`). With W
@@ -213,6 +229,7 @@ def eliminate(
     inverse = _inverse(_by_filter(_by_filter(covariance, filters).T, filters))
     remaining = list(range(filters))  # the filter at each place
     order: list[int] = []
+    costs_in_order: list[Tensor] = []
     at_a_time = max(1, filters // ROUNDS)
     while remaining:
         count = len(remaining)
@@ -225,6 +242,7 @@ def eliminate(
         order += [remaining[place] for place in removed]
         gone = _values_at(removed, offsets)
         rows, gone_weights = inverse[gone], weights[gone]
+        costs_in_order.append(_costs_one_by_one(rows[:, gone], gone_weights, offsets))
         passed = torch.linalg.solve(rows[:, gone], rows)
         left = count - len(removed)
         free = sorted(place for place in removed if place < left)
@@ -239,7 +257,22 @@ def eliminate(
         weights, inverse = weights[:size], inverse[:size, :size]
         weights.addmm_(passed[:, :size].T, gone_weights, alpha=-1)
         inverse.addmm_(rows[:, :size].T, passed[:, :size], alpha=-1)
-    return order
+    costs = torch.cat([weights.new_zeros(1), *costs_in_order])
+    return Elimination(order, costs.cumsum(0))
+
+
+def _costs_one_by_one(
+    inverse: Float[Tensor, "value value"], weights: Float[Tensor, "value output"], offsets: int
+) -> Float[Tensor, "filter"]:
+    """Return what each of some filters costs that are removed together, one after the other.
+
+    `inverse` and `weights` are their parts of P and W' (`eliminate`). With L the Cholesky factor of
+    the first, the costs are the squares of the rows of L^-1 W'.
+    """
+    factor, failed = torch.linalg.cholesky_ex(inverse)
+    rows = torch.linalg.solve_triangular(factor, weights, upper=False)
+    costs: Tensor = rows.square().sum(1).unflatten(0, (-1, offsets)).sum(1)
+    return costs.fill_(torch.nan) if failed else costs
 
 
 def _by_filter(matrix: Tensor, filters: int) -> Tensor:
