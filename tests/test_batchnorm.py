@@ -114,8 +114,8 @@ def test_the_held_out_divergence_never_grows(
 def test_fractions_are_tried_as_long_as_the_divergence_falls(fit: list[Batch]) -> None:
     smaller = Chain().eval()
     by_statistics = {"means": (0.9, 0.8, 0.85), "both": (0.95, 0.7, 0.6, 0.5)}
-    answers = [mean for means in by_statistics.values() for mean in means]
-    tried = iter(answers)
+    divergences = [mean for means in by_statistics.values() for mean in means]
+    tried = iter(divergences)
     before_it = copy.deepcopy(smaller.bn1.running_var)
 
     def divergence_of(network: nn.Module) -> Tensor:
