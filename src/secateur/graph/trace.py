@@ -62,14 +62,14 @@ def trace(
     example: Tensor,
     whole: Iterable[str] = RULES.keys(),
     *,
-    is_trial: bool = False,
+    records_modules: bool = True,
 ) -> NetworkGraph:
     """Return the graph of `model` in evaluation mode, for batches of any size.
 
     `example` is a batch `[image, channel, …]`; only the shape of an image matters. Operations that
     torch composes of others are replaced by these, unless they are among `whole`: those that have a
-    rule. In the graph of a trial the modules that operations are called in are not recorded. Raises
-    `TraceError` if the network can't be traced.
+    rule. Without `records_modules` the graph does not say in which module an operation is called.
+    Raises `TraceError` if the network can't be traced.
 
     The operations are those of `torch.export`; this is its tracer without the rest of an export,
     which takes longer than the tracing. Instead of a symbol, the batch has a size that divides no
@@ -79,7 +79,7 @@ def trace(
     images = _batch_size(model, example)
     try:
         with _without_collection():
-            record = partial(_record, model, example, images, is_trial)
+            record = partial(_record, model, example, images, records_modules)
             module, names = _recorded(record, whole)
     except TraceError:
         raise
@@ -180,7 +180,7 @@ def _record(
     model: nn.Module,
     example: Tensor,
     images: int,
-    is_trial: bool,
+    records_modules: bool,
     composed: dict[OpOverload, Callable[..., Any]],
     has_unknown_sizes: bool,
 ) -> tuple[GraphModule, _Names]:
@@ -209,7 +209,7 @@ def _record(
             torch.no_grad(),
             both_branches(),
             _recurrent_layers_sharing(model),
-            nullcontext() if is_trial else _recording_modules(model),
+            _recording_modules(model) if records_modules else nullcontext(),
             tracing_quietly(),
             mode,
         ):

@@ -53,7 +53,7 @@ def find_difference(
         except SizeConflict:
             return ""
         try:
-            graph = trace(smaller, example, dependencies.graph.whole, is_trial=True)
+            graph = trace(smaller, example, dependencies.graph.whole, records_modules=False)
         except TraceError:
             return ""
         node = _first_difference(dependencies, removed, graph)
