@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import gpu
 import pytest
 import torch
+
+import gpu
 from networks import make_network, random_images
 
 
