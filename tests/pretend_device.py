@@ -144,6 +144,8 @@ class _Factories(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **(kwargs or {}))  # fake tensors know where they pretend to be
         leaves = tree_leaves((args, dict(kwargs or {})))
         if any(isinstance(leaf, PretendTensor) or _is_pretend(leaf) for leaf in leaves):
             return _compute(func, args, dict(kwargs or {}))

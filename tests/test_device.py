@@ -159,8 +159,8 @@ def test_times_include_the_work_that_the_accelerator_still_has(
 @pytest.fixture
 def device() -> Iterator[torch.device]:
     """The pretend accelerator."""
-    with pretend_device() as found:
-        yield found
+    with pretend_device() as pretended:
+        yield pretended
 
 
 def test_the_pretend_device_computes_what_the_cpu_does(device: torch.device) -> None:
@@ -188,8 +188,8 @@ def test_the_pretend_device_refuses_what_a_real_one_refuses(device: torch.device
 
 
 def test_nothing_stays_behind_the_pretend_device() -> None:
-    with pretend_device() as found:
-        torch.rand(1, device=found)
+    with pretend_device() as pretended:
+        torch.rand(1, device=pretended)
         assert torch.accelerator.is_available()
     assert not hasattr(torch, DEVICE.type)
     assert not torch.__future__.get_overwrite_module_params_on_conversion()

@@ -47,8 +47,8 @@ def prune_on(
     device: torch.device, network: nn.Module, images: Any = None, **arguments: Any
 ) -> secateur.PruneResult:
     """Prune a copy of a network on a device."""
-    given = random_images(60, 16) if images is None else images
-    return secateur.prune(copy.deepcopy(network).to(device), given, target=0.6, **arguments)
+    images = random_images(60, 16) if images is None else images
+    return secateur.prune(copy.deepcopy(network).to(device), images, target=0.6, **arguments)
 
 
 def assert_equal(

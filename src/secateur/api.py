@@ -184,8 +184,10 @@ def prune(
         images: what the network takes, floats `[image, channel, height, width]` of one size (or
             signals, or volumes), in batches or one by one, with class numbers or without; see
             `ImageBatches`. They score the filters and refit the remaining kernels, and go to the
-            network's device batch by batch. Leave the tensors, which are not copied, as they are
-            until the result's `report` is written.
+            network's device batch by batch. Pictures may be uint8 if the `settings` have
+            `data.mean` and `data.std` of values from 0 to 1. Tensors and float32 or uint8 arrays,
+            also those mapped from files, are not copied: leave them as they are until the result's
+            `report` is written.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion

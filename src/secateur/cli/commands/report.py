@@ -59,9 +59,7 @@ def report(
     ] = "html",
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", "-o", help="Folder for pictures (default: charts in the run folder)."
-        ),
+        typer.Option("--out", "-o", help="Folder for pictures (default: charts in the run's)."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
