@@ -55,6 +55,8 @@ class ScoringContext:
     """What the network's outputs and the labels mean."""
     metric: MetricFactory | None
     """What networks are scored by; None: accuracy, or R² of values."""
+    memory_bytes: int
+    """What scoring may take beside feature maps."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -64,6 +66,7 @@ class ScoringContext:
             partial(self.reader.read, self.calibration),
             self.example,
             self.task,
+            self.memory_bytes,
         )
 
     @property
@@ -149,6 +152,7 @@ def make_scoring_context(
         scored_by,
         task,
         metric,
+        config.refit.memory_bytes,
     )
 
 

@@ -96,7 +96,7 @@ def refit(
     Raises `DataError` if there is no image.
     """
     dependencies = inputs.dependencies
-    limit_bytes = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
+    limit_bytes = settings.memory_bytes // 2  # one half for activations, one for sums
     cache = ActivationCache(limit_bytes)
     whole_batches = rebatch(batches)
     kept = KeptChannels(dependencies, inputs.removed)

@@ -6,6 +6,7 @@ concepts it is the default vote, `vote`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -56,8 +57,13 @@ class Reconstruction:
     filters that reconstruct it.
     """
 
-    def __init__(self, vote: VoteSettings | None = None) -> None:
-        self._vote = vote
+    def __init__(self, vote: VoteSettings | None = None, memory_bytes: float = math.inf) -> None:
+        """Score by votes, or without settings by all positions.
+
+        What the second moments and the elimination take is kept below `memory_bytes`: for that the
+        largest patches are replaced by single positions, as above `MOST_VALUES`.
+        """
+        self._vote, self._memory_bytes = vote, memory_bytes
         baseline: frozenset[Need] = frozenset({"maps", "statistics"})
         with_concepts: frozenset[Need] = frozenset({"maps", "statistics", "concepts"})
         self.needs: frozenset[Need] = baseline if vote is None else with_concepts
@@ -69,7 +75,7 @@ class Reconstruction:
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
-        self._windows = {tap: _window(kernels) for tap, kernels in taps.items()}
+        self._windows = patch_windows(taps, self._memory_bytes)
         self._moments = {
             tap: SecondMoments(self._windows[tap].taps * kernels.filters)
             for tap, kernels in taps.items()
@@ -278,6 +284,37 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
     except UsageError:
         return None
     return (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT
+
+
+def patch_windows(taps: Mapping[str, Kernels], memory_bytes: float) -> dict[str, Window]:
+    """Return the patches that filters are compared in at every tap, so that they fit in memory."""
+    windows = {name: _window(kernels) for name, kernels in taps.items()}
+
+    def values(name: str) -> int:
+        return windows[name].taps * taps[name].filters
+
+    def needed() -> int:
+        sizes = list(map(values, taps))
+        return moments_bytes(sizes) + elimination_bytes(sizes)
+
+    for name in sorted(taps, key=values, reverse=True):
+        if needed() <= memory_bytes:
+            break
+        windows[name] = Window((1, 1))
+    return windows
+
+
+def moments_bytes(values: Sequence[int]) -> int:
+    """Return the memory of second moments of patches with so many values each."""
+    return 8 * sum((count + 1) ** 2 for count in values)
+
+
+def elimination_bytes(values: Sequence[int]) -> int:
+    """Return the memory of the largest elimination, beside the moments.
+
+    It holds a covariance, the same by filter, its factor, its inverse and the consumers' weights.
+    """
+    return 8 * 5 * max(values, default=0) ** 2
 
 
 def _window(kernels: Kernels) -> Window:
