@@ -11,7 +11,7 @@ time and memory of secateur, each network in its own process; its `--data` is th
 `cifar10`, `imagenet_sample` and `imagenette_subset`. Each measurement adds a line to
 `results/training_free.jsonl`; rows that it holds are not measured again, so the bench can be
 interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
-writes the tables in docs/explanation/training_free.md and the README.
+writes the tables in docs/explanation/training_free.md, docs/reference/estimates.md and the README.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import peer
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from peer_search import BY_GRADIENT, Gradients, NearestCut, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
-from secateur.config import PlanSection, RefitSection, RunConfig, parse_budget
+from secateur.config import RefitSection, RunConfig, from_dict, parse_budget
 from secateur.data import Batch, DataSet
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
@@ -62,6 +62,7 @@ from tables import with_table
 RESULTS = ROOT / "results" / "training_free.jsonl"
 PAGE = ROOT / "docs" / "explanation" / "training_free.md"
 README = ROOT / "README.md"
+FAST_PAGE = ROOT / "docs" / "reference" / "estimates.md"
 KEY = ("study", "network", "seed", "target", "method", "options")
 SEEDS = 3
 OURS = "secateur"
@@ -69,6 +70,8 @@ PEER = "torch-pruning "
 """Prefix of Torch-Pruning's methods."""
 ALL_IMAGES = "all images"
 """secateur's option to use every unlabelled image."""
+FAST = "fast"
+"""secateur's setting `score.fast`."""
 STAGES = ("cut", "recalibrated", "refit", "distilled")
 CUT_IMAGES = 1000
 """Number of images that a plain cut is scored on, which only shows how far off it is."""
@@ -89,12 +92,12 @@ class Method:
 
 
 def methods(study: str) -> list[Method]:
-    """Return all methods of a study; on ImageNet also secateur with all images."""
+    """Return all methods of a study; on ImageNet also secateur with all images, else `fast`."""
     options = itertools.product(("uniform", "global"), ("inner", "all"))
     peers = itertools.product(peer.CRITERIA, options)
     return [
         Method(OURS),
-        *([Method(OURS, ALL_IMAGES)] if study == "imagenet" else []),
+        Method(OURS, ALL_IMAGES if study == "imagenet" else FAST),
         *(Method(PEER + name, f"{ranking}, {channels}") for name, (ranking, channels) in peers),
     ]
 
@@ -140,7 +143,8 @@ def ours(
 ) -> Pruned:
     """Return the network after every step, and the seconds of each step."""
     seconds: dict[str, float] = {}
-    config = config.model_copy(update={"plan": PlanSection(target=target)})
+    section = config.plan.model_copy(update={"target": target})
+    config = config.model_copy(update={"plan": section})
     with _timed(seconds, "score"):
         plan_inputs = make_plan_inputs(
             model,
@@ -292,24 +296,35 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         peers = peers or Peers(model, context.dependencies, context.example[:1], check)
         gradients_of = cache(partial(gradients, model, [batch.images for batch in calibration]))
         for _, target, method in group:
-            method_context = context
-            if method.options == ALL_IMAGES:
-                all_images = {"calibration_images": len(dataset.train.labels)}
-                data = {"data": config.data.model_copy(update=all_images)}
+            method_context, method_config = context, _configured(config, method, dataset)
+            if method_config != config:
                 method_context = make_scoring_context(
                     model,
                     dataset,
-                    config.model_copy(update=data),
-                    criterion_names=(config.score.criterion,),
+                    method_config,
+                    criterion_names=(method_config.score.criterion,),
                 )
             if method.method == OURS:
-                measurement = _our_measurement(ours(model, method_context, config, target), check)
+                pruned = ours(model, method_context, method_config, target)
+                measurement = _our_measurement(pruned, check)
             else:
                 measurement = peers.measure(method, target, calibration, gradients_of)
             head = {"study": study, "network": network, "seed": seed, "target": target}
             identity = {"method": method.method, "options": method.options}
             count = {"calibration_images": len(method_context.calibration.labels)}
             append_measurement(RESULTS, head | identity | base | count | measurement | origin)
+
+
+def _configured(config: RunConfig, method: Method, dataset: DataSet) -> RunConfig:
+    """Return the configuration with a method's option."""
+    if method.options == ALL_IMAGES:
+        all_images = {"calibration_images": len(dataset.train.labels)}
+        return config.model_copy(update={"data": config.data.model_copy(update=all_images)})
+    if method.options == FAST:
+        tables = config.model_dump(mode="json", exclude_none=True)
+        tables["score"]["fast"] = True
+        return from_dict(tables, RunConfig)
+    return config
 
 
 def _our_measurement(pruned: Pruned, check: Check) -> Measurement:
@@ -518,6 +533,32 @@ def cost_table(measurements: list[Measurement]) -> str:
     return "\n".join(lines)
 
 
+def fast_table(measurements: list[Measurement]) -> str:
+    """Return the accuracy and the time of `fast` beside the default, where both were measured."""
+    names = [f"{name}, {unit}" for unit in ("top-1 %", "s") for name in ("default", "fast")]
+    heads = ("network", "MACs left", "before", *names, "fast over default")
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for network, target in itertools.product(networks_of("cifar10"), TARGETS["cifar10"]):
+        pair = [
+            [
+                c
+                for c in measurements
+                if (c["study"], c["network"], c["target"]) == ("cifar10", network, target)
+                and _method(c) == Method(OURS, options)
+            ]
+            for options in ("", FAST)
+        ]
+        if not all(pair):
+            continue
+        top1 = [_text(column, "cifar10").partition(" → ")[2] for column in pair]
+        seconds = [statistics.mean(sum(c["seconds"].values()) for c in column) for column in pair]
+        times = [f"{mean:.1f}" for mean in seconds] + [f"{seconds[1] / seconds[0]:.2f}"]
+        before = f"{100 * pair[0][0]['base_fraction']:.2f}"
+        cells = (network, target.removeprefix("macs="), before, *top1, *times)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def summary(measurements: list[Measurement]) -> str:
     """Return the mean top-1 in % on CIFAR-10, of secateur and of the best peer."""
     names = [target.removeprefix("macs=") for target in TARGETS["cifar10"]]
@@ -593,6 +634,7 @@ def main() -> None:
     measurements = measured()
     PAGE.write_text(page(PAGE.read_text(), measurements))
     README.write_text(readme(README.read_text(), measurements))
+    FAST_PAGE.write_text(with_table(FAST_PAGE.read_text(), "fast", fast_table(measurements)))
 
 
 if __name__ == "__main__":

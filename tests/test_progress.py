@@ -7,7 +7,7 @@ import io
 import pytest
 
 from secateur.config import RunConfig, from_dict
-from secateur.pipeline.estimate import REPORT_STAGE, estimate_stages
+from secateur.pipeline.estimate import REPORT_STAGE, estimate
 from secateur.pipeline.inputs import load_inputs
 from secateur.runtime import progress
 from secateur.runtime.progress import StageLines, duration_text, live_progress, no_progress
@@ -123,7 +123,7 @@ def test_the_plan_names_the_stages_that_the_configuration_asks_for() -> None:
     }
     config = from_dict(tables, RunConfig)
     dataset, model = load_inputs(config)
-    estimates = estimate_stages(model, dataset, config)
+    estimates = dict(estimate(model, dataset, config).seconds)
     assert list(estimates) == [
         "score original",
         "score filters and cut",
@@ -134,6 +134,6 @@ def test_the_plan_names_the_stages_that_the_configuration_asks_for() -> None:
     ]
     assert all(seconds > 0 for seconds in estimates.values())
     twice = from_dict({**tables, "finetune": {"epochs": 4}}, RunConfig)
-    longer = estimate_stages(model, dataset, twice)
+    longer = dict(estimate(model, dataset, twice).seconds)
     ratio = longer["fine-tune"] / longer["score original"]
     assert ratio > 1.5 * estimates["fine-tune"] / estimates["score original"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.runtime.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from secateur.api import PruneResult, evaluate, prune
+    from secateur.api import PruneResult, estimate, evaluate, prune
     from secateur.config import Budget, RunConfig
     from secateur.data import DataSet
     from secateur.data import load as load_data
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from secateur.graph.output_values import OutputPart
     from secateur.models.score import Score
     from secateur.models.zoo import load as load_model
+    from secateur.pipeline.estimate import Estimate
     from secateur.pipeline.result import RunResult
     from secateur.pruning.apply import apply_plan
     from secateur.pruning.plan import PruningPlan, make_plan
@@ -29,6 +30,7 @@ __all__ = [
     "Budget",
     "DataSet",
     "DependencyGraph",
+    "Estimate",
     "ExportResult",
     "OutputPart",
     "PruneResult",
@@ -39,6 +41,7 @@ __all__ = [
     "SecateurError",
     "apply_plan",
     "build_dependency_graph",
+    "estimate",
     "evaluate",
     "export_onnx",
     "load",
@@ -55,6 +58,7 @@ _PLACES = {
     "Budget": "config",
     "DataSet": "data",
     "DependencyGraph": "graph.dependency",
+    "Estimate": "pipeline.estimate",
     "ExportResult": "experiments.onnx_export",
     "OutputPart": "graph.output_values",
     "PruneResult": "api",
@@ -65,6 +69,7 @@ _PLACES = {
     "SecateurError": "runtime.errors",
     "apply_plan": "pruning.apply",
     "build_dependency_graph": "graph.build",
+    "estimate": "api",
     "evaluate": "api",
     "export_onnx": "experiments.onnx_export",
     "load": "experiments.run_folder",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,51 +15,43 @@ from markupsafe import Markup
 from torch import Tensor, nn
 
 from secateur.config import BudgetLike, TaskKind
-from secateur.config.in_memory import config_in_memory, tables_in_memory
 from secateur.data import Batch, DataSet
-from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import (
     ImageBatches,
     ImagesInMemory,
-    normaliser,
     read_batches,
-    read_images,
-    split_images,
 )
 from secateur.experiments import run as runs
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import score_rows, write_report
 from secateur.experiments.run_folder import Origin
-from secateur.graph.build import traceable_forward
 from secateur.graph.forward import inputs_of, with_forward, with_inputs, without_forward
 from secateur.graph.module_state import device_of
 from secateur.graph.network_graph import Forward
 from secateur.graph.output_values import OutputPart
-from secateur.graph.working_copy import can_run, like_original, working_copy
-from secateur.graph.wrappers import require_module, unwrapped, without_wrappers
+from secateur.graph.working_copy import like_original
+from secateur.graph.wrappers import require_module, unwrapped
 from secateur.models import evaluate as evaluation
 from secateur.models import zoo
-from secateur.models.examine import FIRST_IMAGES, examine_outputs, make_task
-from secateur.models.labelled_images import label_images
+from secateur.models.examine import examine_outputs, make_task
 from secateur.models.labels import read_labels
 from secateur.models.metrics.by_name import MetricInputs, find_metric
 from secateur.models.metrics.user_function import NetworkFunction, UserMetric
 from secateur.models.outputs import with_logits
-from secateur.models.plausibility import looks_untrained
 from secateur.models.score import Score
 from secateur.pipeline import prune as pipeline
+from secateur.pipeline.estimate import Estimate
+from secateur.pipeline.estimate import estimate as expected_of
+from secateur.pipeline.from_python import Asked, form_for, prepare
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult
-from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
 from secateur.pruning.plan import PruningPlan
-from secateur.runtime.device import AUTO, current_device
-from secateur.runtime.errors import DataError, UsageError
+from secateur.runtime.device import current_device
+from secateur.runtime.errors import DataError
 from secateur.runtime.kept_memory import kept_memory
-from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
-from secateur.scoring import criteria
 from secateur.scoring.criteria import CriterionLike
-from secateur.training.own_loss import LossFunction, OwnLoss
+from secateur.training.own_loss import LossFunction
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -226,45 +219,25 @@ def prune(
     torch.Size([1, 10])
     """
     model = unwrapped(model)
-    forward = forward or traceable_forward(model)
-    _check_arguments(class_names, epochs=epochs, max_images=max_images)
-    outputs = _output_parts(outputs)
-    if outputs and task == "auto":
-        task = "regression"
-    name, passed_criterion = criteria.from_python(criterion)
-    tables = tables_in_memory(f"{zoo.IN_MEMORY}:{type(model).__name__}", target, name, concepts)
-    tables |= {"finetune": {"epochs": epochs}, "seed": seed}
-    if loss is not None:
-        tables["finetune"]["loss"] = f"{zoo.IN_MEMORY}:{OwnLoss(loss).name}"
-    tables["model"] |= {"allow_untrained": looks_untrained(model), "task": task}
-    if isinstance(metric, str):
-        tables["model"]["metric"] = metric
-    elif not callable(metric):
-        raise UsageError(f"metric={metric!r} must be a name or a function of the network")
-    settings = settings or {}
-    form = _form(model, forward)
-    form = replace(form, normalise=normaliser(tables, settings))
-    calibration = read_images(images, form, "images", most=max_images, seed=seed)
-    test_images = None if test is None else read_images(test, form, "test")
-    parts = split_images(calibration, test_images)
-    config = config_in_memory(tables, settings, parts.score.pixels.shape)
-    if config.model.device != AUTO:
-        raise UsageError(f'the network decides where it runs: model.to("{config.model.device}")')
-    if loss is not None and config.finetune.epochs == 0:
-        raise UsageError("loss is for fine-tuning: pass epochs=3, too, or leave it out")
-    network = with_forward(model, forward or traceable_forward(model))
-    network = with_inputs(network, calibration.inputs)
-    few = calibration.pixels[:FIRST_IMAGES]
-    original = with_logits(working_copy(network, few[:2]), few, config.model.task)
-    dataset = label_images(parts, original, config.model.task, class_names)
-    run_context = _run_context(shows_progress=progress)
-    run_context = replace(
-        run_context,
-        criterion=passed_criterion,
+    asked = Asked(
+        images=images,
+        target=target,
+        criterion=criterion,
+        concepts=concepts,
+        test=test,
+        forward=forward,
+        class_names=class_names,
+        task=task,
         outputs=outputs,
-        metric=None if isinstance(metric, str) else metric,
+        metric=metric,
+        epochs=epochs,
         loss=loss,
+        max_images=max_images,
+        seed=seed,
+        settings=settings or {},
+        progress=progress,
     )
+    original, dataset, config, run_context = prepare(model, asked)
     with current_device(device_of(original)):
         pruned = pipeline.prune(original, dataset, config, run_context=run_context)
     return PruneResult(
@@ -276,8 +249,33 @@ def prune(
         _original=original,
         _dataset=dataset,
         _pruned=pruned,
-        _shape=tuple(calibration.pixels.shape[1:]),
+        _shape=tuple(dataset.train.originals(torch.zeros(1, dtype=torch.int64))[0].shape),
     )
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def estimate(model: nn.Module, images: ImageBatches, **arguments: Any) -> Estimate:
+    """Return how long `prune` with the same arguments would take here, and how much memory.
+
+    The images are read, the network is traced and runs on a few of them; nothing is pruned. Raises
+    what `prune` raises before it starts.
+
+    >>> import secateur, torch
+    >>> model = secateur.load_model("resnet20", num_classes=10)
+    >>> expected = secateur.estimate(model, torch.rand(100, 3, 32, 32), target=0.5)
+    >>> expected.total_seconds < 600
+    True
+    """
+    bound = inspect.signature(prune).bind(model, images, **arguments)
+    bound.apply_defaults()
+    passed = bound.arguments
+    model = unwrapped(passed.pop("model"))
+    asked = Asked(**{**passed, "settings": passed["settings"] or {}})
+    original, dataset, config, run_context = prepare(model, asked)
+    no_report = config.report.model_copy(update={"images": 0})
+    config = config.model_copy(update={"report": no_report})
+    return expected_of(original, dataset, config, run_context)
 
 
 @kept_memory()
@@ -299,7 +297,7 @@ def evaluate(
     `UsageError` if the network can't be run on the images.
     """
     model = require_module(model)
-    read_images = read_batches(images, _form(model, forward), "images")
+    read_images = read_batches(images, form_for(model, forward), "images")
     in_memory = next(read_images, None)
     if in_memory is None:
         raise DataError("images: there are none (a generator can be read only once)")
@@ -327,18 +325,6 @@ def evaluate(
         )
 
 
-def _run_context(*, shows_progress: bool) -> RunContext:
-    if not shows_progress:
-        return RunContext()
-    return RunContext(live_progress(), StageLines(print_to_stderr))
-
-
-def _form(model: nn.Module, forward: Forward | None) -> Form:
-    """Return what an image is for a network that may run through a function of the user's."""
-    network = with_forward(without_wrappers(model), forward)
-    return form_of(without_forward(network), forward, lambda images: can_run(network, images[:2]))
-
-
 def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iterator[Batch]:
     """Yield labelled batches as they come, but single images in batches of `batch_size`."""
     pixels: list[Tensor] = []
@@ -364,24 +350,6 @@ def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iter
             yield joined()
     if pixels:
         yield joined()
-
-
-def _check_arguments(class_names: Sequence[str], **counts: int) -> None:
-    """Raise `UsageError` if an argument is not a list of names or a number of things."""
-    if isinstance(class_names, str):
-        raise UsageError(f"class_names={class_names!r} must be a list of names, one for each class")
-    for name, count in counts.items():
-        least = 0 if name == "epochs" else 1
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise UsageError(f"{name}={count!r} must be a whole number, {least} or more")
-
-
-def _output_parts(outputs: Sequence[OutputPart]) -> tuple[OutputPart, ...]:
-    """Return `outputs` as a tuple. Raises `UsageError` if they are no parts."""
-    parts = tuple(outputs) if isinstance(outputs, Sequence) else (outputs,)
-    if not all(isinstance(part, OutputPart) for part in parts):
-        raise UsageError(f"outputs={outputs!r} must be a list of OutputPart")
-    return parts
 
 
 def _summary(result: PruneResult) -> str:
@@ -412,4 +380,4 @@ def _table(result: PruneResult) -> list[list[str]]:
     return [shown, *([row[key] for key in shown] for row in rows)]
 
 
-__all__ = ["ImageBatches", "PruneResult", "evaluate", "prune"]
+__all__ = ["Estimate", "ImageBatches", "PruneResult", "estimate", "evaluate", "prune"]

@@ -7,6 +7,7 @@ import torch
 
 import gpu
 from networks import make_network, random_images
+from whole_run_case import FRACTION_LEFT
 
 
 def test_it_ends_with_one_line_where_there_is_no_accelerator(
@@ -25,5 +26,5 @@ def test_it_measures_every_stage() -> None:
     assert row["seconds"] > 0
     assert row["forward_seconds"] > 0
     assert row["peak_memory_mib"] is None
-    assert row["macs_left"] <= gpu.FRACTION_LEFT
+    assert row["macs_left"] <= FRACTION_LEFT
     assert gpu.common_fraction(result, result) == 1

@@ -23,6 +23,7 @@ from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
 from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
+from secateur.pipeline.estimate import Estimate
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
@@ -73,6 +74,11 @@ def stage_lines() -> StageLines:
 def run_context(tracker: Tracker | None = None) -> RunContext:
     """Return where a run of this command reports to."""
     return RunContext(progress(), stage_lines(), command_line(), tracker)
+
+
+def show_estimate(expected: Estimate, *, as_json: bool) -> None:
+    """Print how long a run would take, and how much memory."""
+    print(json.dumps(asdict(expected), indent=1) if as_json else expected)
 
 
 def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) -> None:

@@ -212,6 +212,9 @@ class ScoreSection(Section):
     """Take concepts and gradients of the true class instead of the predicted class."""
     precision: Precision = "float32"
     """Precision of the scoring pass; `bfloat16` is faster on some CPUs."""
+    fast: bool = False
+    """A first look: at most 500 calibration images, `l1` in place of `vote`, and the sensitivity of
+    each layer on at most 32 images."""
 
 
 class PlanSection(Section):
@@ -224,6 +227,9 @@ class PlanSection(Section):
     """How the budget is spread over the layers: `sensitivity` keeps the loss at the network's
     output small, as measured on calibration images; `uniform` keeps the same fraction everywhere;
     `global` removes the lowest scores anywhere; `shares` follows `plan.shares`."""
+    sensitivity_images: int = Field(default=256, ge=1)
+    """Calibration images that the sensitivity of each layer is measured on, at most; large images
+    are fewer."""
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     """With `allocation = "shares"`: the fraction of filters to keep, by layer name pattern
     (`"layer1.*" = 0.8`); the target's fraction is then ignored."""
@@ -282,10 +288,16 @@ class RefitSection(Section):
     memory_mib: int = Field(default=4096, ge=1)
     """Memory for activations, sums of products and patches, in MiB. Activations beyond one half are
     cached in temporary files; of the other half, patches get a quarter, and a layer whose sums need
-    more than the rest uses `channel`."""
+    more than the rest uses `channel`. Scoring takes as much at most: where second moments of all
+    patches would need more, the largest patches are replaced by single positions."""
     recalibrate_batchnorm: bool = True
     """Re-estimate batch-norm statistics after the refit if that helps on held-out calibration
     images."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory in bytes."""
+        return self.memory_mib * 2**20
 
     @property
     def is_any(self) -> bool:
@@ -316,6 +328,24 @@ class RunConfig(Section):
     report: ReportSection = ReportSection()
     seed: int = Field(default=0, ge=0)
     """Seed of every random choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _make_fast(cls, content: Any) -> Any:
+        """Change what `score.fast` changes."""
+        score = content.get("score") if isinstance(content, dict) else None
+        if not isinstance(score, dict) or score.get("fast") is not True:
+            return content
+        most = {("data", "calibration_images"): 500, ("plan", "sensitivity_images"): 32}
+        content = {**content, "score": {**score}}
+        if score.get("criterion", "vote") == "vote":
+            content["score"]["criterion"] = "l1"
+        for (section, key), count in most.items():
+            values = content.get(section, {})
+            asked = values.get(key, count) if isinstance(values, dict) else None
+            if isinstance(asked, int):
+                content[section] = {**values, key: min(asked, count)}
+        return content
 
 
 class BaseConfig(Section):

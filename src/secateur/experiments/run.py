@@ -30,7 +30,7 @@ from secateur.graph.forward import inputs_of
 from secateur.graph.module_state import tensors_of
 from secateur.models.evaluate import evaluate_and_predict
 from secateur.pipeline import prune as pipeline
-from secateur.pipeline.estimate import REPORT_STAGE, show_plan
+from secateur.pipeline.estimate import REPORT_STAGE, Estimate, estimate, show_plan
 from secateur.pipeline.inputs import (
     check_names,
     check_weights,
@@ -105,6 +105,17 @@ def run(
             _rewrite(folder, folder, pruned, overwrite=True)
         _report(folder, pruned, model, dataset, run_context)
         return pruned.result
+
+
+def dry_run(config: RunConfig) -> Estimate:
+    """Return how long the run that `config` asks for would take here, and how much memory.
+
+    Nothing is written. Raises `SecateurError` where the run would before its first stage.
+    """
+    check_names(config)
+    check_weights(config)
+    dataset, model = load_inputs(config)
+    return estimate(model, dataset, config)
 
 
 def finetune(

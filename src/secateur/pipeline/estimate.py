@@ -1,61 +1,156 @@
-"""Estimate how long the stages of a run will take on this machine."""
+"""Estimate how long the stages of a run take on this machine, and how much memory.
+
+What the stages compute is counted (`pipeline.work`). How fast the machine is, one trace of the
+network, one forward pass and two matrix products tell.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from torch import nn
+import psutil
+import torch
+from torch import Tensor, nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.graph.output_values import OutputPart
-from secateur.models.examine import run_network
-from secateur.pipeline.inputs import make_reader
+from secateur.data.splits import HELD_OUT_EVERY
+from secateur.graph.activation_memory import alive_bytes
+from secateur.graph.dependency import Removed
+from secateur.graph.interpreter import GraphInterpreter, partial_pass
+from secateur.graph.module_state import tensors_of
+from secateur.graph.network_graph import Tensors
+from secateur.models.evaluate import LATENCY_ROUNDS
+from secateur.pipeline import work
+from secateur.pipeline.inputs import resolve_config
 from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.task import EXAMPLE_IMAGES, output_parts, task_of
+from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.pipeline.work import Regression, Work
+from secateur.pruning.cost.latency_profiler import (
+    INTERLEAVED_ROUNDS,
+    SHOWN_ROUNDS,
+    TABLE_ROUNDS,
+)
+from secateur.pruning.sensitivity import (
+    FEWEST_IMAGES,
+    SNAPSHOTS,
+    image_count,
+    passes_behind,
+)
+from secateur.pruning.size_search import LATENCY_ATTEMPTS, TRIALS
+from secateur.runtime.kept_memory import kept_memory
+from secateur.runtime.progress import duration_text
+from secateur.runtime.timing import LATENCY_BATCH, LONGEST_PASS, Rounds, repeat_to_batch
+from secateur.scoring.batching import images_at_a_time
+from secateur.scoring.criteria.reconstruction import (
+    Reconstruction,
+    elimination_bytes,
+    moments_bytes,
+)
 
 REPORT_STAGE = "report"
-LATENCY_PASSES = 500
-"""Forward passes of one image that the latencies before and after the cut take."""
-SENSITIVITY_PASSES = 80
-"""Forward passes of one image that the sensitivity of one layer takes."""
-SCORING_PASSES, REFIT_PASSES, GALLERY_PASSES = 3, 6, 8
-"""Forward passes of each calibration image that these stages take."""
-TRAINING_PASSES = 4
-"""Forward passes that one training image takes: forward, backward, and the teacher's forward."""
+GALLERY_PASSES = 8
+"""Forward passes of each image that the report's gallery takes, before and after the cut."""
+TRAINING_PASSES = 3
+"""Forward passes of the smaller network that a training step takes: forward and backward."""
+GRADIENT_PASSES = 3
+"""Forward passes that a scoring pass with gradients takes."""
+PLAN_TRACES = 1.0
+"""Time of everything that goes node by node or filter by filter, over that of a trace: the plan,
+the cut, the check of the cut network, counts of MACs."""
+GATHERED_MACS = 40
+"""Multiply-accumulates that take as long as gathering a value into a row."""
+FACTOR_SLOWER = 1.3
+"""How much slower factors, solutions and updates in float64 are than a product of the same size."""
+TIMED_PRODUCT = 640
+"""Side of the matrices whose product tells how fast linear algebra is."""
+MEMORY_SLACK = 1.15
+"""What the allocator and the libraries hold beside the tensors that are counted."""
 
 
-def estimate_stages(
-    model: nn.Module, dataset: DataSet, config: RunConfig, parts: Sequence[OutputPart] = ()
-) -> dict[str, float]:
-    """Return the estimated seconds of each stage that `config` asks for, by title, in order.
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
 
-    The estimate is rough: forward passes that each stage takes, times what one takes here. `parts`
-    are those of `task_of`, whose errors it raises.
+    seconds: Mapping[str, float]
+    """By the title of the stage, in order."""
+    memory_bytes: float
+    """The most memory that the process takes, with what it has now."""
+
+    @property
+    def total_seconds(self) -> float:
+        """The time of all stages."""
+        return sum(self.seconds.values())
+
+    def __str__(self) -> str:
+        """Return a line for each stage, and one for all of them."""
+        lines = [f"{title}: {duration_text(seconds)}" for title, seconds in self.seconds.items()]
+        memory = f"{self.memory_bytes / 2**30:.1f} GiB"
+        return "\n".join([*lines, f"all: {duration_text(self.total_seconds)}, {memory}"])
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long this machine takes, in seconds."""
+
+    a_pass: float
+    """For one image through the original network."""
+    a_read: float
+    """To read an image and to prepare it."""
+    a_trace: float
+    """To trace the network."""
+    float32: float
+    """For a multiply-accumulate of a matrix product."""
+    float64: float
+
+    def seconds(self, work: Work) -> float:
+        """Return what work takes; images are read beside it where a core is free."""
+        computed = (
+            work.passes * self.a_pass
+            + (work.float32 + GATHERED_MACS * work.copied) * self.float32
+            + FACTOR_SLOWER * work.float64 * self.float64
+        )
+        read = work.reads * self.a_read
+        has_free_core = (os.cpu_count() or 1) > torch.get_num_threads()
+        return max(computed, read) if has_free_core else computed + read
+
+    def latency(self, rounds: Rounds, networks: float) -> float:
+        """Return what timing takes, where a round runs a batch through so many networks."""
+        size = LATENCY_BATCH
+        while size > 1 and size * self.a_pass > LONGEST_PASS:
+            size //= 2
+        a_round = size * self.a_pass * networks
+        most = rounds.warm_up + rounds.most
+        fitting = rounds.seconds / max(a_round, 1e-9)
+        return a_round * min(most, max(rounds.warm_up + rounds.fewest, fitting))
+
+
+@kept_memory()
+def estimate(
+    model: nn.Module, dataset: DataSet, config: RunConfig, run_context: RunContext | None = None
+) -> Estimate:
+    """Return the estimated time of each stage that `config` asks for, and the memory.
+
+    Raises the errors of `make_scoring_context`.
     """
-    passes: dict[str, float] = {}
-    calibration = min(config.data.calibration_images, len(dataset.train.labels))
-    test, train = len(dataset.test.labels), len(dataset.train.labels)
-    layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
-    sensitivity = layers * SENSITIVITY_PASSES * (config.plan.allocation == "sensitivity")
-    passes[stage_title("before", 1)] = test
-    for number in range(1, config.plan.rounds + 1):
-        scoring = calibration * SCORING_PASSES + sensitivity + LATENCY_PASSES + test
-        passes[stage_title("cut", number)] = scoring
-        if config.refit.is_any:
-            passes[stage_title("refit", number)] = calibration * REFIT_PASSES + test
-        if config.distill.epochs:
-            epochs = config.distill.epochs
-            passes[stage_title("distilled", number)] = calibration * TRAINING_PASSES * epochs + test
-        if config.finetune.epochs:
-            steps = train * TRAINING_PASSES + len(dataset.validation.labels)
-            passes[stage_title("finetuned", number)] = steps * config.finetune.epochs + 2 * test
-    if config.report.images:
-        passes[REPORT_STAGE] = min(config.report.images, calibration) * GALLERY_PASSES
-    seconds = _seconds_per_image(model, dataset, config, parts)
-    return {title: seconds * count for title, count in passes.items()}
+    run_context = (run_context or RunContext()).collecting_unreadable(config)
+    config = resolve_config(config, dataset, model)
+    since = time.perf_counter()
+    context = make_scoring_context(
+        model, dataset, config, run_context, criterion_names=(config.score.criterion,)
+    )
+    trace = time.perf_counter() - since
+    with torch.inference_mode():
+        speed = _speed(context, tensors_of(model), trace)
+    run = _Run(model, context, dataset, config)
+    return Estimate(
+        {title: run.seconds(stage, speed) for title, stage in run.stages().items()},
+        run.memory(),
+    )
 
 
 def show_plan(
@@ -67,18 +162,203 @@ def show_plan(
 ) -> None:
     """Print the stages whose titles are ahead, with their estimate, if anybody sees it."""
     if run_context.lines.is_shown:
-        parts = output_parts(config, run_context)
-        estimates = estimate_stages(model, dataset, config, parts)
-        run_context.lines.plan({title: estimates[title] for title in estimates if is_ahead(title)})
+        expected = estimate(model, dataset, config, run_context)
+        seconds = {t: s for t, s in expected.seconds.items() if is_ahead(t)}
+        run_context.lines.plan(seconds, expected.memory_bytes)
 
 
-def _seconds_per_image(
-    model: nn.Module, dataset: DataSet, config: RunConfig, parts: Sequence[OutputPart]
-) -> float:
-    """Time one forward pass of a few images, after one to warm up."""
-    reader = make_reader(config, RunContext().collecting_unreadable(config))
-    example = reader.read_first(dataset.train, EXAMPLE_IMAGES)
-    task_of(model, dataset, config, reader, example, parts)  # raises before anything is shown
+@dataclass(frozen=True)
+class _Stage:
+    """What a stage takes."""
+
+    work: Work
+    traces: float = 0.0
+    timings: tuple[tuple[Rounds, float], ...] = ()
+    """Rounds in which networks are timed, and how many networks."""
+
+
+class _Run:
+    """The counts of a run."""
+
+    def __init__(
+        self, model: nn.Module, context: ScoringContext, dataset: DataSet, config: RunConfig
+    ) -> None:
+        self._context, self._dataset, self._config = context, dataset, config
+        self._dependencies = context.dependencies
+        self._images = len(context.calibration.labels)
+        self._held_out = max(1, self._images // HELD_OUT_EVERY)
+        self._test = len(dataset.test.labels)
+        self._removed: Removed = work.likely_cut(self._dependencies, config.plan.budget)
+        self._cut = work.cut_cost(self._dependencies, self._removed)
+        self._taps = work.tap_sizes(
+            self._dependencies, tensors_of(model), config.refit.memory_bytes, self._images
+        )
+        is_refitted = config.refit.layers != "none"
+        self._regressions: list[Regression] = (
+            work.regressions(self._dependencies, self._removed, config.refit, self._images)
+            if is_refitted
+            else []
+        )
+        self._limit = config.refit.memory_bytes // 2
+
+    def seconds(self, stage: _Stage, speed: Speed) -> float:
+        """Return what a stage takes."""
+        timed = sum(speed.latency(rounds, networks) for rounds, networks in stage.timings)
+        return speed.seconds(stage.work) + stage.traces * speed.a_trace + timed
+
+    def stages(self) -> dict[str, _Stage]:
+        """Return the stages by their titles, in order."""
+        config, validation = self._config, len(self._dataset.validation.labels)
+        score_cut = Work(passes=self._test * self._cut, reads=self._test)
+        before = Work(passes=self._test, reads=self._test)
+        stages = {stage_title("before", 1): _Stage(before, timings=((LATENCY_ROUNDS, 1.0),))}
+        for number in range(1, config.plan.rounds + 1):
+            cut = self._cut_stage()
+            stages[stage_title("cut", number)] = _Stage(
+                cut.work + score_cut, cut.traces, cut.timings
+            )
+            if config.refit.is_any:
+                stages[stage_title("refit", number)] = _Stage(self._refit() + score_cut)
+            if config.distill.epochs:
+                epoch = self._training(self._images - self._held_out, self._held_out)
+                stages[stage_title("distilled", number)] = _Stage(
+                    epoch * config.distill.epochs + score_cut
+                )
+            if config.finetune.epochs:
+                epoch = self._training(len(self._dataset.train.labels), validation)
+                stages[stage_title("finetuned", number)] = _Stage(
+                    epoch * config.finetune.epochs + score_cut * 2
+                )
+        if config.report.images:
+            shown = min(config.report.images, self._images)
+            stages[REPORT_STAGE] = _Stage(
+                Work(passes=shown * GALLERY_PASSES, reads=shown * 4), traces=1.0
+            )
+        return stages
+
+    def _cut_stage(self) -> _Stage:
+        """Return what scores, sensitivities and the plan take."""
+        config, images = self._config, self._images
+        criteria = self._context.criteria.values()
+        needs = {need for criterion in criteria for need in criterion.needs}
+        eliminates = any(isinstance(criterion, Reconstruction) for criterion in criteria)
+        has_sensitivity = config.plan.allocation == "sensitivity"
+        passes = 0.0
+        if needs or has_sensitivity:
+            passes = GRADIENT_PASSES if "gradients" in needs else 1.0
+            passes += 1 / config.score.sample_every
+        total = Work(passes=passes * images, reads=2 * images if passes else 0)
+        if has_sensitivity or eliminates:
+            total += work.moments_work(self._taps, images)
+        if eliminates:
+            total += work.elimination_work(self._taps)
+        if has_sensitivity:
+            total += self._sensitivity()
+        timings: tuple[tuple[Rounds, float], ...] = ((SHOWN_ROUNDS, 1 + self._cut),)
+        if config.plan.budget.quantity == "latency":
+            timings += ((TABLE_ROUNDS, 6.0),) + ((INTERLEAVED_ROUNDS, 1 + self._cut),) * (
+                LATENCY_ATTEMPTS // 2
+            )
+        if config.plan.max_drop is not None:
+            validation = len(self._dataset.validation.labels)
+            score = Work(passes=validation * self._cut, reads=validation)
+            total += (self._refit() + score) * TRIALS + Work(validation, reads=validation)
+        return _Stage(total, 1 + PLAN_TRACES, timings)
+
+    def _sensitivity(self) -> Work:
+        """Return what the sensitivity of all groups takes."""
+        graph = self._dependencies.graph
+        parts = [
+            partial_pass(graph, (consumer.node for consumer in group.consumers))
+            for group in self._dependencies.groups.values()
+        ]
+        behind = passes_behind(self._dependencies, parts)
+        shape = tuple(self._context.example.shape[1:])
+        most = min(self._images, self._config.plan.sensitivity_images)
+        images = image_count(shape, behind, FEWEST_IMAGES, most)
+        snapshots = min(len(SNAPSHOTS), -(-FEWEST_IMAGES // max(1, images)))
+        passes = 1 + work.passes_before(self._dependencies, parts) + behind
+        return work.sensitivity_work(self._taps, images * snapshots, passes)
+
+    def _refit(self) -> Work:
+        """Return what the refit and the recalibration take."""
+        settings, held_out = self._config.refit, self._held_out
+        total = Work(passes=held_out, reads=held_out)
+        if settings.layers != "none":
+            walks = self._images * (1 + self._cut)
+            compared = 2 * held_out * self._cut
+            total += Work(walks + compared, reads=self._images + 2 * held_out)
+            for regression in self._regressions:
+                total += regression.work(self._limit)
+        if settings.recalibrate_batchnorm:
+            moved = self._images + work.NORM_FRACTIONS_TRIED * held_out
+            total += Work(passes=self._cut * moved, reads=moved)
+        return total
+
+    def _training(self, images: int, validation: int) -> Work:
+        """Return what an epoch takes, with the original as the teacher."""
+        passes = images * (1 + TRAINING_PASSES * self._cut) + validation * self._cut
+        return Work(passes=passes, reads=images + validation)
+
+    def memory(self) -> float:
+        """Return the most bytes that the process takes, with what it has now."""
+        dependencies, config = self._dependencies, self._config
+        alive = alive_bytes(dependencies)
+        whole, cut = alive({}), alive(self._removed)
+        size = min(self._context.reader.batch_size, max(self._test, self._images))
+        a_batch = size * float(whole.max())
+        scoring = 0.0
+        if config.plan.allocation == "sensitivity":
+            scoring = moments_bytes([tap.values for tap in self._taps])
+        eliminated = elimination_bytes([tap.values for tap in self._taps]) if scoring else 0
+        refit = 0.0
+        if self._regressions:
+            cached = self._images * float((whole + cut).max())
+            sums = max(
+                regression.counts(self._limit).memory_bytes for regression in self._regressions
+            )
+            refit = min(self._limit, cached) + sums
+        taken_now = int(psutil.Process().memory_info().rss)
+        return taken_now + MEMORY_SLACK * (a_batch + scoring + max(eliminated, refit))
+
+
+def _speed(context: ScoringContext, state: Tensors, trace: float) -> Speed:
+    """Time reading, a forward pass and two products."""
     since = time.perf_counter()
-    run_network(model, example)
-    return (time.perf_counter() - since) / len(example)
+    example = context.reader.read_first(context.calibration, len(context.example))
+    a_read = (time.perf_counter() - since) / len(example)
+    return Speed(
+        a_pass=_pass_seconds(context, state, example),
+        a_read=a_read,
+        a_trace=trace,
+        float32=_product_seconds(torch.float32),
+        float64=_product_seconds(torch.float64),
+    )
+
+
+def _pass_seconds(context: ScoringContext, state: Tensors, example: Tensor) -> float:
+    """Return the seconds that one image takes in a batch of the size that runs have."""
+    dependencies = context.dependencies
+
+    def run(images: Tensor) -> float:
+        since = time.perf_counter()
+        GraphInterpreter(dependencies.graph, state, images).finish()
+        return (time.perf_counter() - since) / len(images)
+
+    run(example[:1])
+    a_pass = run(example[:1])
+    size = images_at_a_time(*example.shape[2:])
+    while size > 1 and size * a_pass > LONGEST_PASS:
+        size //= 2
+    batch = repeat_to_batch(example, size)
+    run(batch)
+    return run(batch)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Return the seconds of a multiply-accumulate in a matrix product."""
+    matrix = torch.ones(TIMED_PRODUCT, TIMED_PRODUCT, dtype=dtype)
+    torch.mm(matrix, matrix)
+    since = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return (time.perf_counter() - since) / TIMED_PRODUCT**3

@@ -59,6 +59,8 @@ class ScoringContext:
     """What the network's outputs and the labels mean."""
     metric: MetricFactory | None
     """What networks are scored by; None: accuracy, or R² of values."""
+    memory_bytes: int
+    """What scoring may take beside feature maps."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -68,6 +70,7 @@ class ScoringContext:
             partial(self.reader.read, self.calibration),
             self.example,
             self.task,
+            self.memory_bytes,
         )
 
     @property
@@ -154,6 +157,7 @@ def make_scoring_context(
         scored_by,
         task,
         metric,
+        config.refit.memory_bytes,
     )
 
 

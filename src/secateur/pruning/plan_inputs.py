@@ -5,6 +5,7 @@ They are measured once. After that, a plan for any budget takes moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -79,6 +80,8 @@ class CalibrationImages:
     """A few of the images, `[image, channel, height, width]`."""
     task: Task = SINGLE_LABEL
     """How the network's outputs on them are read."""
+    memory_bytes: float = math.inf
+    """What second moments of their feature maps, and the elimination, may take."""
 
 
 def make_plan_inputs(
@@ -101,7 +104,7 @@ def make_plan_inputs(
     if settings.allocation == "sensitivity" and not all(
         isinstance(criterion, Reconstruction) for criterion in criteria.values()
     ):
-        moments = Reconstruction()
+        moments = Reconstruction(memory_bytes=images.memory_bytes)
     observers = () if moments is None else (moments,)
     scores = score_filters(
         model,
@@ -135,6 +138,7 @@ def make_plan_inputs(
                 own_moments,
                 ranking,
                 images.sample(),
+                most_images=settings.sensitivity_images,
                 task=images.task,
                 progress=progress,
             )

@@ -57,7 +57,7 @@ from secateur.scoring.criteria.reconstruction import (
 SNAPSHOTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Fractions of a group that are removed to measure its gain; an image takes one of them."""
 MOST_IMAGES = 256
-"""Images that gains are measured on, at most…"""
+"""Images that gains are measured on, at most, if nothing else is asked for…"""
 SAMPLE_PIXELS = 2**21
 """…with as many pixels all together…"""
 PASS_PIXELS = 2**24
@@ -79,6 +79,7 @@ def measure_sensitivity(
     ranking: Ranking,
     batches: Iterable[Batch],
     *,
+    most_images: int = MOST_IMAGES,
     task: Task | None = None,
     progress: ProgressCallback = no_progress,
 ) -> Sensitivity:
@@ -103,8 +104,9 @@ def measure_sensitivity(
     ]
     has_objects = task is not None and any(part.times is not None for part in task.parts)
     fewest = FEWEST_WITH_OBJECTS if has_objects else FEWEST_IMAGES
-    passes = _passes(dependencies, parts)
-    sample = first_images(batches, partial(_image_count, passes=passes, fewest=fewest))
+    passes = passes_behind(dependencies, parts)
+    count = partial(image_count, passes=passes, fewest=fewest, most=most_images)
+    sample = first_images(batches, count)
     measurements = [
         _Measurement(
             group, part, dependencies, moments, ranking.order[group.name], curves[group.name], task
@@ -190,7 +192,7 @@ class _Measurement:
         self.errors[number] += plain.images * torch.tensor([error, consumer_error])
 
 
-def _passes(dependencies: DependencyGraph, parts: Iterable[PartialPass]) -> float:
+def passes_behind(dependencies: DependencyGraph, parts: Iterable[PartialPass]) -> float:
     """Return how many forward passes the partial passes cost all together, by their MACs."""
     whole = dependencies.count_after({})
     macs = {layer.node: layer.macs(whole) for layer in dependencies.layers}
@@ -198,11 +200,11 @@ def _passes(dependencies: DependencyGraph, parts: Iterable[PartialPass]) -> floa
     return total / max(1, sum(macs.values()))
 
 
-def _image_count(shape: Sequence[int], passes: float, fewest: int) -> int:
+def image_count(shape: Sequence[int], passes: float, fewest: int, most: int = MOST_IMAGES) -> int:
     """Return how many images of a shape gains are measured on."""
     pixels = math.prod(shape[1:])
     fitting = min(SAMPLE_PIXELS, PASS_PIXELS / max(1.0, passes)) / pixels
-    return int(min(MOST_IMAGES, max(fewest, fitting)))
+    return int(min(most, max(fewest, fitting)))
 
 
 def _by_snapshot(sample: Float[Tensor, "image ..."]) -> list[tuple[int, Tensor]]:

@@ -120,12 +120,13 @@ class StageLines:
         """Time since the lines were opened."""
         return time.monotonic() - self._started
 
-    def plan(self, estimates: Mapping[str, float]) -> None:
-        """Print the stages to come, with their estimated seconds together."""
+    def plan(self, estimates: Mapping[str, float], memory_bytes: float | None = None) -> None:
+        """Print the stages to come, with their estimated seconds together and the memory."""
         self._estimates = dict(estimates)
         self._since = time.monotonic()
         total = duration_text(sum(estimates.values()))
-        self._print(f"stages: {' → '.join(estimates)}; about {total} on this machine")
+        memory = "" if memory_bytes is None else f" and {memory_bytes / 2**30:.1f} GiB"
+        self._print(f"stages: {' → '.join(estimates)}; about {total}{memory} on this machine")
 
     def end_stage(self, stage: str, text: str = "") -> None:
         """Print that a stage has ended: what came of it, its time, and what time is left."""

@@ -24,6 +24,7 @@ KEYS = (
     options.PRUNE_RESIDUAL,
     options.EXCLUDE,
     *(Key(f"plan.{name}", BUDGET) for name in ("round_to", "min_filters", "rounds")),
+    Key("score.fast", METHOD),
     options.CRITERION,
     options.CONCEPTS,
     Key("score.use_labels", METHOD),
@@ -64,6 +65,14 @@ def prune(
         ),
     ] = None,
     *,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print how long each stage would take here, and how much memory, and stop.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
     overwrite: options.Overwrite = False,
     resume: options.Resume = False,
     tracker: options.Tracker = None,
@@ -93,6 +102,9 @@ def prune(
     from secateur.experiments import run as runs
     from secateur.runtime.trackers import make_tracker
 
+    if dry_run:
+        output.show_estimate(runs.dry_run(config), as_json=as_json)
+        return
     run_context = output.run_context(make_tracker(tracker, tracker_dir))
     with output.resumable(out):
         result = runs.run(

@@ -101,7 +101,7 @@ def refit(
     Raises `DataError` if there is no image.
     """
     dependencies, device = inputs.dependencies, device_of(inputs.smaller)
-    limit_bytes = settings.memory_mib * 2**20 // 2  # one half for activations, one for sums
+    limit_bytes = settings.memory_bytes // 2  # one half for activations, one for sums
     cache = ActivationCache(limit_bytes, device)
     whole_batches = rebatch(batches)
     kept = KeptChannels(dependencies, inputs.removed)
@@ -157,6 +157,11 @@ def refit(
         for name in names:
             tensors[name].copy_(state[name])
     return tuple(results)
+
+
+def positions_of_image(settings: RefitSection, images: int) -> int:
+    """Return how many positions of each image are used, if its maps have so many."""
+    return max(settings.positions, -(-FEWEST_POSITIONS // images))
 
 
 def _uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
@@ -254,8 +259,7 @@ class _LayerRefitter:
 
     @property
     def _positions(self) -> int:
-        """Positions of each image: more where images are few."""
-        return max(self.settings.positions, -(-FEWEST_POSITIONS // self.images))
+        return positions_of_image(self.settings, self.images)
 
     def _rows_of(self, layers: Sequence[RefitLayer]) -> tuple[int, int]:
         """Return how many rows are fitted to, and how many are held out."""

@@ -98,6 +98,12 @@ class RowCounts:
         all_rows = self._bytes(self.fitted + self.held_out)
         return self.is_dual or all_rows <= ROWS_SHARE * self.limit_bytes
 
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the sums and of the rows that are kept."""
+        kept = self.fitted * self.keeps_fitted + self.held_out // self.compared_every
+        return self.sum_bytes + self._bytes(kept)
+
     def _bytes(self, rows: int) -> int:
         return 4 * rows * self.groups * (self.inputs + 3 * self.outputs)
 

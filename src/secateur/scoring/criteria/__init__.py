@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -164,11 +165,18 @@ def check_name(name: str) -> None:
         raise UnknownName("criterion", name, CRITERIA)
 
 
-def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, float]) -> Criterion:
+def make(
+    name: str,
+    settings: ScoreSection,
+    seed: int,
+    weights: Mapping[int, float],
+    memory_bytes: float = math.inf,
+) -> Criterion:
     """Return the named criterion, or the one from `factory()` for `path/to/file.py:factory`.
 
     `settings` are those of the vote, `weights` what a vote for a concept counts, by its index, and
-    `seed` is the seed of `random`. Raises `UnknownName` or `UsageError`.
+    `seed` is the seed of `random`; for `memory_bytes` see `Reconstruction`. Raises `UnknownName` or
+    `UsageError`.
     """
     from secateur.scoring.criteria import kernels
     from secateur.scoring.criteria.dependence import ChannelIndependence
@@ -185,7 +193,7 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
 
     vote = VoteSettings(settings.vote_mode, settings.voting_unit, settings.top_fraction, weights)
     table: dict[str, Callable[[], Criterion]] = {
-        "vote": lambda: Reconstruction(vote),
+        "vote": lambda: Reconstruction(vote, memory_bytes),
         "vote-response": lambda: ResponseVotes(vote),
         "vote-iou": lambda: OverlapVotes(replace(vote, vote_mode="top", voting_unit="regions")),
         "random": lambda: kernels.Random(seed),
@@ -199,7 +207,7 @@ def make(name: str, settings: ScoreSection, seed: int, weights: Mapping[int, flo
         "activation_entropy": ActivationEntropy,
         "hrank": MapRank,
         "chip": ChannelIndependence,
-        "reconstruction": Reconstruction,
+        "reconstruction": lambda: Reconstruction(memory_bytes=memory_bytes),
         "taylor": Taylor,
     }
     assert tuple(table) == CRITERIA
@@ -227,7 +235,7 @@ def make_criterion(name: str, source: ConceptSource, config: RunConfig) -> Crite
         for number, concept in enumerate(source.concepts)
         if concept.name in weight_of or concept.category in weight_of
     }
-    criterion = make(name, config.score, config.seed, weights)
+    criterion = make(name, config.score, config.seed, weights, config.refit.memory_bytes)
     known = {name for concept in source.concepts for name in (concept.name, concept.category)}
     for concept_name in weight_of:
         if concept_name not in known:

@@ -67,24 +67,31 @@ class Reconstruction:
     filters that reconstruct it.
     """
 
-    def __init__(self, vote: VoteSettings | None = None) -> None:
-        self._vote = vote
+    def __init__(self, vote: VoteSettings | None = None, memory_bytes: float = math.inf) -> None:
+        """Score by votes, or without settings by all positions.
+
+        What the second moments and the elimination take is kept below `memory_bytes`: for that the
+        largest patches are replaced by single positions, as above `MOST_VALUES`.
+        """
+        self._vote, self._memory_bytes = vote, memory_bytes
         baseline: frozenset[Need] = frozenset({"maps", "statistics"})
         with_concepts: frozenset[Need] = frozenset({"maps", "statistics", "concepts"})
         self.needs: frozenset[Need] = baseline if vote is None else with_concepts
         self._kernels: Mapping[str, Kernels] = {}
+        self._windows: dict[str, Window] = {}
         self._samples: dict[str, _Sample] = {}
         self._eliminations: dict[str, Elimination] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
+        self._windows = patch_windows(taps, self._memory_bytes)
         self._samples, self._eliminations = {}, {}
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
         if features.tap not in self._samples:
-            self._samples[features.tap] = _begin(features)
+            self._samples[features.tap] = _begin(features, self._windows[features.tap])
         sample, vote = self._samples[features.tap], self._vote
         rows, columns = sample.window.positions(*features.maps.shape[2:])
         positions = _spread(features.indices, rows, columns, sample.positions)
@@ -180,20 +187,28 @@ class _Sample:
         return slice(offset * filters, (offset + 1) * filters)
 
 
-def _begin(features: FeatureBatch) -> _Sample:
-    """Return what to sample of a tap, in view of how many images there are."""
+def _begin(features: FeatureBatch, window: Window) -> _Sample:
+    """Return what to sample of a tap, at best by `window`, in view of how many images there are."""
     kernels, statistics = features.kernels, features.statistics
     assert statistics is not None
-    filters, images = kernels.filters, statistics.images
-    wanted = max(FEWEST_POSITIONS, POSITIONS_PER_VALUE * filters)
-    positions = max(POSITIONS, -(-wanted // images))
-    window = kernels.consumers[0].window if kernels.consumers else SINGLE
-    values = window.taps * filters
-    sampled = images * min(POSITIONS, math.prod(window.positions(*features.maps.shape[2:])))
-    if values > MOST_VALUES or sampled < POSITIONS_PER_VALUE * values:
+    images = statistics.images
+    positions = math.prod(window.positions(*features.maps.shape[2:]))
+    if not has_patches_enough(window.taps * kernels.filters, images, positions):
         window = SINGLE
     units = quantization_unit(statistics).repeat(window.taps)
-    return _Sample(window, positions, units, SecondMoments(len(units), kernels.device))
+    moments = SecondMoments(len(units), kernels.device)
+    return _Sample(window, positions_of_image(kernels.filters, images), units, moments)
+
+
+def has_patches_enough(values: int, images: int, positions: int) -> bool:
+    """Return whether maps of so many positions give enough patches of so many values."""
+    return images * min(POSITIONS, positions) >= POSITIONS_PER_VALUE * values
+
+
+def positions_of_image(filters: int, images: int) -> int:
+    """Return how many positions are sampled from each image, if its maps have so many."""
+    wanted = max(FEWEST_POSITIONS, POSITIONS_PER_VALUE * filters)
+    return max(POSITIONS, -(-wanted // images))
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,6 +366,43 @@ def _norm_weights(tap: str, kernels: Kernels) -> Float[Tensor, "filter"] | None:
         return None
     weights = (norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)) ** NORM_WEIGHT
     return weights.to(kernels.device)
+
+
+def patch_windows(taps: Mapping[str, Kernels], memory_bytes: float) -> dict[str, Window]:
+    """Return the patches that filters are compared in at every tap, so that they fit in memory."""
+    windows = {name: _window(kernels) for name, kernels in taps.items()}
+
+    def values(name: str) -> int:
+        return windows[name].taps * taps[name].filters
+
+    def needed() -> int:
+        sizes = list(map(values, taps))
+        return moments_bytes(sizes) + elimination_bytes(sizes)
+
+    for name in sorted(taps, key=values, reverse=True):
+        if needed() <= memory_bytes:
+            break
+        windows[name] = SINGLE
+    return windows
+
+
+def moments_bytes(values: Sequence[int]) -> int:
+    """Return the memory of second moments of patches with so many values each."""
+    return 8 * sum((count + 1) ** 2 for count in values)
+
+
+def elimination_bytes(values: Sequence[int]) -> int:
+    """Return the memory of the largest elimination, beside the moments.
+
+    It holds a covariance, the same by filter, its factor, its inverse and the consumers' weights.
+    """
+    return 8 * 5 * max(values, default=0) ** 2
+
+
+def _window(kernels: Kernels) -> Window:
+    """Return the patches that filters are compared in: the first consumer's, if not too large."""
+    window = kernels.consumers[0].window if kernels.consumers else SINGLE
+    return window if window.taps * kernels.filters <= MOST_VALUES else SINGLE
 
 
 def _consumers(kernels: Kernels, window: Window) -> Float[Tensor, "output value"]:
