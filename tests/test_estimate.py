@@ -142,11 +142,13 @@ def test_groups_of_depthwise_layers_go_with_their_filters() -> None:
     ).eval()
     dependencies = build_dependency_graph(network, torch.randn(2, 3, 8, 8))
     removed = {"0": (0,), "2": (0, 1)}
-    problems = work.regressions(dependencies, removed, RefitSection(), 100)
+    problems = work.regressions(dependencies, removed, RefitSection(), 1000)
     sizes = [(problem.groups, problem.inputs, problem.outputs) for problem in problems]
     assert sizes == [(1, 3, 6), (6, 9, 1), (1, 6, 6), (1, 216, 5)]
-    assert (problems[0].rows, problems[0].held_out) == (80 * 32, 20 * 32)
-    assert problems[-1].rows == 80
+    assert (problems[0].rows, problems[0].held_out) == (800 * 32, 200 * 32)
+    assert problems[-1].rows == 800
+    few = work.regressions(dependencies, removed, RefitSection(), 100)
+    assert few[0].rows == 80 * 64  # all positions: 82 of each would be 8,192
 
 
 def test_fewer_rows_than_unknowns_cost_less() -> None:

@@ -136,7 +136,7 @@ class Reconstruction:
         """
         elimination = self._eliminations.get(tap)
         if elimination is not None and elimination.order == [*reversed(ranking)]:
-            errors = elimination.errors
+            errors = elimination.errors.cpu()
             if bool(errors.isfinite().all()):
                 return errors
         kernels, sample = self._kernels[tap], self._samples[tap]
