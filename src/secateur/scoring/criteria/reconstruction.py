@@ -273,7 +273,7 @@ def eliminate(
         weights.addmm_(passed[:, :size].T, gone_weights, alpha=-1)
         inverse.addmm_(rows[:, :size].T, passed[:, :size], alpha=-1)
     costs = torch.cat([weights.new_zeros(1), *costs_in_order])
-    return Elimination(order, costs.cumsum(0))
+    return Elimination(order, costs.cumsum(0).cpu())
 
 
 def _costs_one_by_one(
