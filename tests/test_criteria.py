@@ -25,16 +25,13 @@ from secateur.runtime.errors import DataError, UnknownName, UsageError
 from secateur.scoring.concepts import ConceptInput
 from secateur.scoring.criteria import Criterion, FeatureBatch, Need, Regions, dependence, make
 from secateur.scoring.criteria.dependence import ChannelIndependence, nuclear_norm_losses
+from secateur.scoring.criteria.elimination import RIDGE, ROUNDS, eliminate, error_curve
 from secateur.scoring.criteria.kernels import KernelFunction, l2
 from secateur.scoring.criteria.reconstruction import (
     POSITIONS,
-    RIDGE,
-    ROUNDS,
     WEIGHT_UNITS,
     Reconstruction,
     _spread,
-    eliminate,
-    error_curve,
 )
 from secateur.scoring.criteria.statistics import ActivationEntropy, ActivationStd, Apoz
 from secateur.scoring.criteria.votes import VoteSettings, shares, winners

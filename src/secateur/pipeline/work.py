@@ -24,8 +24,8 @@ from secateur.pruning.ranking import rank
 from secateur.pruning.refit.layerwise import positions_of_image as refit_positions
 from secateur.pruning.refit.patch_regression import RowCounts
 from secateur.pruning.sensitivity import SNAPSHOTS
+from secateur.scoring.criteria.elimination import ROUNDS
 from secateur.scoring.criteria.reconstruction import (
-    ROUNDS,
     SINGLE,
     has_patches_enough,
     patch_windows,

@@ -158,14 +158,17 @@ def composite_operations() -> dict[OpOverload, Callable[..., Any]]:
     return operations
 
 
-def fake_of(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
+def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     """Return a fake tensor like `tensor`: a parameter if it is one.
 
-    In the mode an operation would make it, and a second one the parameter, in four times as long.
+    `nn.Parameter` would make a second one, and take as long again.
     """
-    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    fake = FakeTensor(mode, shape, tensor.device)
-    fake._is_param = isinstance(tensor, nn.Parameter)
+    with mode:
+        fake = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+    if isinstance(tensor, nn.Parameter):
+        fake._is_param = True
     return fake
 
 
