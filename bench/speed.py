@@ -337,7 +337,7 @@ passes* divides them by what one plain `model(images)` on the same images takes 
 *MiB* is the peak memory of the process, images and libraries included. ResNet-20 has trained
 weights and CIFAR-10 images; the other networks have random weights, noise as images (64×64 pixels
 for ResNet-10, otherwise 224×224), and batch-norm statistics of these. *Graph* is the dependency
-graph alone, with the trial cut that checks it.
+graph alone, with the trial cut that checks it, in the mean of five.
 
 *{PEER}* is its Taylor importance on the same images with a backward pass of all of them before
 each step, steps of a twentieth of the filters until half of the MACs are left, and batch-norm

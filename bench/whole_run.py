@@ -43,8 +43,8 @@ CASES = (
     Case("efficientnet_b0", 256, 1),
     Case("resnet50", 256, 1, has_peer=True),
     Case("vgg16_bn", 128, 1),
-    Case("resnet50", 2, 5, action="graph"),
-    Case("resnet152", 2, 5, action="graph"),
+    Case("resnet50", 2, 3, action="graph"),
+    Case("resnet152", 2, 3, action="graph"),
 )
 
 

@@ -32,6 +32,8 @@ TORCH_PRUNING_STEPS = 20
 """Steps from the whole network to none: each removes a twentieth of the filters of every layer."""
 NORM_IMAGES = 8
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+GRAPHS = 5
+"""How often a graph is built, one after the other."""
 SIDES = {"resnet10": 64}
 """Image sides in pixels that are not 224."""
 
@@ -116,18 +118,19 @@ def prune_with_torch_pruning(model: nn.Module, images: Tensor) -> dict[str, Any]
     return {"macs_left": left, "steps": steps}
 
 
-def build_graph(model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Build the dependency graph, with the trial cut that checks it."""
+def build_graphs(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Build the dependency graph, with the trial cut that checks it, as often as `GRAPHS`."""
     from secateur.graph.build import build_dependency_graph
 
-    build_dependency_graph(model, images)
-    return {}
+    for _ in range(GRAPHS):
+        build_dependency_graph(model, images)
+    return {"times": GRAPHS}
 
 
 ACTIONS = {
     "secateur": prune_with_secateur,
     "torch-pruning": prune_with_torch_pruning,
-    "graph": build_graph,
+    "graph": build_graphs,
 }
 
 
@@ -148,7 +151,7 @@ def main() -> None:
         assert callable(secateur.prune)  # what that imports is not timed
     model, images = make_case(arguments.case, arguments.images, arguments.data, arguments.weights)
     if arguments.action == "graph":
-        build_graph(torchvision.models.resnet18().eval(), images)  # the first graph warms up
+        build_graphs(torchvision.models.resnet18().eval(), images)  # warms up
     before = time.process_time()
     with torch.inference_mode():
         for batch in images.split(BATCH):
@@ -160,7 +163,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "cpu_seconds": time.process_time() - before,
+                "cpu_seconds": (time.process_time() - before) / outcome.pop("times", 1),
                 "wall_seconds": time.perf_counter() - since,
                 "forward_cpu_seconds": forward,
                 "images_mib": images.nbytes / 2**20,

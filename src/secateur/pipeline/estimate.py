@@ -28,7 +28,11 @@ from secateur.pipeline import work
 from secateur.pipeline.inputs import resolve_config
 from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.pipeline.scoring_context import (
+    STATISTICS_IMAGES,
+    ScoringContext,
+    make_scoring_context,
+)
 from secateur.pipeline.work import Regression, Work
 from secateur.pruning.cost.latency_profiler import (
     INTERLEAVED_ROUNDS,
@@ -42,9 +46,16 @@ from secateur.pruning.sensitivity import (
     passes_behind,
 )
 from secateur.pruning.size_search import LATENCY_ATTEMPTS, TRIALS
+from secateur.runtime.device import sums_device
 from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.progress import duration_text
-from secateur.runtime.timing import LATENCY_BATCH, LONGEST_PASS, Rounds, repeat_to_batch
+from secateur.runtime.timing import (
+    LATENCY_BATCH,
+    LONGEST_PASS,
+    Rounds,
+    repeat_to_batch,
+    seconds,
+)
 from secateur.scoring.batching import images_at_a_time
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
@@ -62,6 +73,10 @@ GRADIENT_PASSES = 3
 PLAN_TRACES = 1.0
 """Time of everything that goes node by node or filter by filter, over that of a trace: the plan,
 the cut, the check of the cut network, counts of MACs."""
+REFIT_TRACES = 0.5
+"""The same of the refit, layer by layer."""
+REPORT_TRACES = 3.0
+"""The same of the run folder and its report: the program of the network, charts and pictures."""
 GATHERED_MACS = 40
 """Multiply-accumulates that take as long as gathering a value into a row."""
 FACTOR_SLOWER = 1.3
@@ -163,8 +178,8 @@ def show_plan(
     """Print the stages whose titles are ahead, with their estimate, if anybody sees it."""
     if run_context.lines.is_shown:
         expected = estimate(model, dataset, config, run_context)
-        seconds = {t: s for t, s in expected.seconds.items() if is_ahead(t)}
-        run_context.lines.plan(seconds, expected.memory_bytes)
+        ahead = {t: s for t, s in expected.seconds.items() if is_ahead(t)}
+        run_context.lines.plan(ahead, expected.memory_bytes)
 
 
 @dataclass(frozen=True)
@@ -218,7 +233,9 @@ class _Run:
                 cut.work + score_cut, cut.traces, cut.timings
             )
             if config.refit.is_any:
-                stages[stage_title("refit", number)] = _Stage(self._refit() + score_cut)
+                stages[stage_title("refit", number)] = _Stage(
+                    self._refit() + score_cut, REFIT_TRACES
+                )
             if config.distill.epochs:
                 epoch = self._training(self._images - self._held_out, self._held_out)
                 stages[stage_title("distilled", number)] = _Stage(
@@ -232,7 +249,7 @@ class _Run:
         if config.report.images:
             shown = min(config.report.images, self._images)
             stages[REPORT_STAGE] = _Stage(
-                Work(passes=shown * GALLERY_PASSES, reads=shown * 4), traces=1.0
+                Work(passes=shown * GALLERY_PASSES, reads=shown * 4), REPORT_TRACES
             )
         return stages
 
@@ -291,7 +308,8 @@ class _Run:
             for regression in self._regressions:
                 total += regression.work(self._limit)
         if settings.recalibrate_batchnorm:
-            moved = self._images + work.NORM_FRACTIONS_TRIED * held_out
+            fitted = min(self._images - held_out, STATISTICS_IMAGES)
+            moved = fitted + work.NORM_FRACTIONS_TRIED * held_out
             total += Work(passes=self._cut * moved, reads=moved)
         return total
 
@@ -324,41 +342,34 @@ class _Run:
 
 def _speed(context: ScoringContext, state: Tensors, trace: float) -> Speed:
     """Time reading, a forward pass and two products."""
-    since = time.perf_counter()
-    example = context.reader.read_first(context.calibration, len(context.example))
-    a_read = (time.perf_counter() - since) / len(example)
+    count, device = len(context.example), context.example.device
+    a_read = seconds(lambda: context.reader.read_first(context.calibration, count)) / count
     return Speed(
-        a_pass=_pass_seconds(context, state, example),
+        a_pass=_pass_seconds(context, state),
         a_read=a_read,
         a_trace=trace,
-        float32=_product_seconds(torch.float32),
-        float64=_product_seconds(torch.float64),
+        float32=_product_seconds(torch.float32, device),
+        float64=_product_seconds(torch.float64, sums_device(device)),
     )
 
 
-def _pass_seconds(context: ScoringContext, state: Tensors, example: Tensor) -> float:
+def _pass_seconds(context: ScoringContext, state: Tensors) -> float:
     """Return the seconds that one image takes in a batch of the size that runs have."""
-    dependencies = context.dependencies
+    graph, example = context.dependencies.graph, context.example
 
     def run(images: Tensor) -> float:
-        since = time.perf_counter()
-        GraphInterpreter(dependencies.graph, state, images).finish()
-        return (time.perf_counter() - since) / len(images)
+        return seconds(lambda: GraphInterpreter(graph, state, images).finish()) / len(images)
 
-    run(example[:1])
+    run(example[:1])  # warms up
     a_pass = run(example[:1])
     size = images_at_a_time(*example.shape[2:])
     while size > 1 and size * a_pass > LONGEST_PASS:
         size //= 2
     batch = repeat_to_batch(example, size)
-    run(batch)
-    return run(batch)
+    return min(run(batch) for _ in range(2))
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
+def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """Return the seconds of a multiply-accumulate in a matrix product."""
-    matrix = torch.ones(TIMED_PRODUCT, TIMED_PRODUCT, dtype=dtype)
-    torch.mm(matrix, matrix)
-    since = time.perf_counter()
-    torch.mm(matrix, matrix)
-    return (time.perf_counter() - since) / TIMED_PRODUCT**3
+    matrix = torch.ones(TIMED_PRODUCT, TIMED_PRODUCT, dtype=dtype, device=device)
+    return min(seconds(lambda: torch.mm(matrix, matrix)) for _ in range(3)) / TIMED_PRODUCT**3

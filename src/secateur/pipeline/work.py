@@ -36,7 +36,7 @@ RIDGES_TRIED = 4
 """Ridges that a layer's regression solves for, with that of its second solution."""
 COMPARED = RIDGES_TRIED + 3
 """Kernels whose errors are measured: those, the one as cut, and again behind the rectifier."""
-NORM_FRACTIONS_TRIED = 5
+NORM_FRACTIONS_TRIED = 4
 """Networks that the recalibration of batch norms compares on held-out images."""
 
 
@@ -205,10 +205,10 @@ class Regression:
         else:
             single = rows * (inputs**2 / 2 + 3 * inputs * outputs)
             double = 0.0
-        compared = self.held_out or rows
+        compared = (self.held_out or rows) / counts.compared_every
         single += COMPARED * compared * inputs * outputs
         passes = 1 if counts.keeps_fitted else 2
-        copied = passes * (rows + self.held_out) * inputs
+        copied = (passes * rows + compared) * inputs
         return Work(float32=single, float64=double + solutions, copied=copied) * self.groups
 
 
