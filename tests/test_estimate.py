@@ -27,7 +27,7 @@ from secateur.pruning.ranking import rank
 from secateur.pruning.refit import patch_regression
 from secateur.pruning.sensitivity import measure_sensitivity, passes_behind
 from secateur.runtime.timing import Rounds
-from secateur.scoring.criteria import reconstruction
+from secateur.scoring.criteria import elimination, reconstruction
 from secateur.scoring.scores import score_filters
 
 IMAGES = 80
@@ -68,7 +68,7 @@ def test_the_sizes_of_taps_are_those_that_are_eliminated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[tuple[int, int, int]] = []
-    eliminate = reconstruction.eliminate
+    eliminate = elimination.eliminate
 
     def watch(covariance: Tensor, consumers: Tensor, filters: int, norms: Tensor | None) -> Any:
         sizes.append((len(covariance), filters, len(consumers)))
