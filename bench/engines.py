@@ -57,7 +57,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def measure(name: str, note: Note) -> None:
-    """Make each engine's network once, and time passes in turns."""
+    """Make each engine's network once, and time passes, interleaved."""
     model = build(
         Member(f"torchvision:{name}", "torchvision", of_side(SIDE)), SEED, disturbed=False
     )

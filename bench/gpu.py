@@ -2,7 +2,7 @@
 
     python bench/gpu.py [--images 256] [--network resnet50] [--cpu-threads N]
 
-From the survey to the refit, by the defaults of `secateur.prune`: 256 images of 224², half of the
+From the scores to the refit, by the defaults of `secateur.prune`: 256 images of 224², half of the
 MACs. Each device prunes once, after one forward pass that wakes it up. The rows, one a device, are
 in `results/gpu.json`: seconds of each stage and of everything, of a plain forward pass of the same
 images, the most memory that tensors took on the device, and how far its plan is from the CPU's.

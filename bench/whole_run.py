@@ -64,7 +64,7 @@ class Folders:
 
 
 def measure(case: Case, folders: Folders, threads: int) -> Row:
-    """Run the case in turns; return its runs by version, or the reason why there are none."""
+    """Run the case, interleaved; return its runs by version, or the reason why there are none."""
     versions = [BEFORE, NOW, *([PEER] if case.has_peer else [])]
     runs: dict[str, list[Row]] = {version: [] for version in versions}
     for _ in range(case.turns):

@@ -62,7 +62,7 @@ class ActivationCache:
         if device != CPU:
             self._limits = {device: int(USABLE_FRACTION * free_bytes(device)), **self._limits}
         self._batches: list[CachedBatch] = []
-        self._held: list[tuple[torch.device, int]] = []
+        self._stored: list[tuple[torch.device, int]] = []
         """Where each batch is held in memory, and its bytes there; 0 if in a file or in use."""
         self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
 
@@ -80,7 +80,7 @@ class ActivationCache:
     def append(self, batch: CachedBatch) -> None:
         """Add a batch."""
         self._batches.append(batch)
-        self._held.append((CPU, 0))
+        self._stored.append((CPU, 0))
         self._store(len(self._batches) - 1)
 
     def __len__(self) -> int:
@@ -102,8 +102,8 @@ class ActivationCache:
             if place != self._device:
                 batch.set_values(_moved(batch.values(), place))
             size = _bytes_of(batch.values())
-            if size + sum(held for at, held in self._held if at == place) <= limit:
-                self._held[number] = place, size
+            if size + sum(stored for at, stored in self._stored if at == place) <= limit:
+                self._stored[number] = place, size
                 return
         # One call for all, so that tensors that share memory still do when they are loaded.
         try:
@@ -118,7 +118,7 @@ class ActivationCache:
 
     def _load(self, number: int) -> None:
         batch = self._batches[number]
-        self._held[number] = CPU, 0
+        self._stored[number] = CPU, 0
         if self._file(number).exists():
             batch.set_values(torch.load(self._file(number), weights_only=True))
             self._file(number).unlink()

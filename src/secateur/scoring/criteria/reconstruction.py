@@ -88,7 +88,7 @@ class Reconstruction:
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
         if features.tap not in self._samples:
-            self._samples[features.tap] = _begin(features, self._windows[features.tap])
+            self._samples[features.tap] = _sample_of(features, self._windows[features.tap])
         sample, vote = self._samples[features.tap], self._vote
         rows, columns = sample.window.positions(*features.maps.shape[2:])
         positions = _spread(features.indices, rows, columns, sample.positions)
@@ -184,7 +184,7 @@ class _Sample:
         return slice(offset * filters, (offset + 1) * filters)
 
 
-def _begin(features: FeatureBatch, window: Window) -> _Sample:
+def _sample_of(features: FeatureBatch, window: Window) -> _Sample:
     """Return what to sample of a tap, at best by `window`, in view of how many images there are."""
     kernels, statistics = features.kernels, features.statistics
     assert statistics is not None
