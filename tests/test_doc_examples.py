@@ -169,7 +169,7 @@ def test_the_commands_of_the_tutorial(workplace: Path, monkeypatch: pytest.Monke
     prepare = zoo.preprocessing("torchvision:mobilenet_v3_small")
     pixels = prepare.normalise(images.read(torch.arange(3), prepare))
     assert len(list((workplace / "charts").glob("*.png"))) == 4
-    assert (workplace / "runs" / "tuned" / "model.onnx").is_file()
+    assert (workplace / "runs" / "finetuned" / "model.onnx").is_file()
     assert names["network"](pixels).shape == (3, len(CLASSES))
 
 
