@@ -21,7 +21,7 @@ from secateur.graph.interpreter import GraphInterpreter, partial_pass
 from secateur.graph.module_state import tensors_of
 from secateur.graph.taps import kernels_of
 from secateur.pipeline import work
-from secateur.pipeline.estimate import Speed
+from secateur.pipeline.estimate import FACTOR_SLOWER, GATHERED_MACS, PRODUCT_SLOWER, Speed
 from secateur.pipeline.work import Regression, Work
 from secateur.pruning.ranking import rank
 from secateur.pruning.refit import patch_regression
@@ -212,7 +212,9 @@ def test_seconds_follow_from_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed.seconds(Work(passes=10, reads=4)) == pytest.approx(3.0)
     monkeypatch.setattr("os.cpu_count", lambda: torch.get_num_threads() + 1)
     assert speed.seconds(Work(passes=10, reads=4)) == pytest.approx(2.0)
-    assert speed.seconds(Work(float32=1e9)) == pytest.approx(1.0)
+    assert speed.seconds(Work(float32=1e9)) == pytest.approx(PRODUCT_SLOWER)
+    assert speed.seconds(Work(float64=1e9)) == pytest.approx(2 * FACTOR_SLOWER)
+    assert speed.seconds(Work(copied=1e9)) == pytest.approx(GATHERED_MACS)
     both = Work(1, 2, 3, 4, 5) + Work(1, 1, 1, 1, 1) * 2
     assert both == Work(3, 4, 5, 6, 7)
     # 16 images take 1.6 s, 4 take 0.4 s: five rounds fit into 2 s

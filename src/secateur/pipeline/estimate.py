@@ -70,15 +70,19 @@ TRAINING_PASSES = 3
 """Forward passes of the smaller network that a training step takes: forward and backward."""
 GRADIENT_PASSES = 3
 """Forward passes that a scoring pass with gradients takes."""
+TARGET_PASSES = 0.5
+"""Forward passes of each image that the refit takes to compute what layers are fitted to."""
 PLAN_TRACES = 1.0
 """Time of everything that goes node by node or filter by filter, over that of a trace: the plan,
 the cut, the check of the cut network, counts of MACs."""
-REFIT_TRACES = 0.5
+REFIT_TRACES = 1.0
 """The same of the refit, layer by layer."""
 REPORT_TRACES = 3.0
 """The same of the run folder and its report: the program of the network, charts and pictures."""
-GATHERED_MACS = 40
-"""Multiply-accumulates that take as long as gathering a value into a row."""
+GATHERED_MACS = 250
+"""Multiply-accumulates that take as long as gathering a value into a row and passing it on."""
+PRODUCT_SLOWER = 2.0
+"""How much slower products of many rows of few values, in float32, are than the timed one."""
 FACTOR_SLOWER = 1.3
 """How much slower factors, solutions and updates in float64 are than a product of the same size."""
 TIMED_PRODUCT = 640
@@ -126,7 +130,7 @@ class Speed:
         """Return what work takes; images are read beside it where a core is free."""
         computed = (
             work.passes * self.a_pass
-            + (work.float32 + GATHERED_MACS * work.copied) * self.float32
+            + (PRODUCT_SLOWER * work.float32 + GATHERED_MACS * work.copied) * self.float32
             + FACTOR_SLOWER * work.float64 * self.float64
         )
         read = work.reads * self.a_read
@@ -302,7 +306,7 @@ class _Run:
         settings, held_out = self._config.refit, self._held_out
         total = Work(passes=held_out, reads=held_out)
         if settings.layers != "none":
-            walks = self._images * (1 + self._cut)
+            walks = self._images * (1 + self._cut + TARGET_PASSES)
             compared = 2 * held_out * self._cut
             total += Work(walks + compared, reads=self._images + 2 * held_out)
             for regression in self._regressions:
