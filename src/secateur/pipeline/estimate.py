@@ -46,6 +46,7 @@ from secateur.pruning.sensitivity import (
     passes_behind,
 )
 from secateur.pruning.size_search import LATENCY_ATTEMPTS, TRIALS
+from secateur.runtime import distributed
 from secateur.runtime.device import sums_device
 from secateur.runtime.kept_memory import kept_memory
 from secateur.runtime.progress import duration_text
@@ -180,10 +181,12 @@ def show_plan(
     is_ahead: Callable[[str], bool] = lambda title: True,
 ) -> None:
     """Print the stages whose titles are ahead, with their estimate, if anybody sees it."""
-    if run_context.lines.is_shown:
+    # All processes take part in an estimate, of which the main one alone prints.
+    if distributed.any_process(run_context.lines.is_shown):
         expected = estimate(model, dataset, config, run_context)
         ahead = {t: s for t, s in expected.seconds.items() if is_ahead(t)}
-        run_context.lines.plan(ahead, expected.memory_bytes)
+        if run_context.lines.is_shown:
+            run_context.lines.plan(ahead, expected.memory_bytes)
 
 
 @dataclass(frozen=True)
