@@ -249,8 +249,9 @@ class _Products:
             columns = slice(start if self._is_square else 0, None)
             block = self._recent[:, start : start + step, columns]
             block.baddbmm_(rows, right[:, :, columns])
-        self._left += left.sum(1)
-        self._right += right.sum(1)
+        sums = _row_sums(right)
+        self._right += sums
+        self._left += sums if self._is_square else _row_sums(left)
         self._rows += left.shape[1]
         self._recent_rows += left.shape[1]
         if self._recent_rows >= FLOAT32_ROWS:
@@ -280,6 +281,11 @@ class _Products:
         self._sums += self._recent
         self._recent.zero_()
         self._recent_rows = 0
+
+
+def _row_sums(rows: Float[Tensor, "group row value"]) -> Float[Tensor, "group value"]:
+    """Return the sums of rows, by a product: `sum` is slow where rows lie apart in memory."""
+    return (rows.mT @ rows.new_ones(rows.shape[1], 1)).squeeze(-1)
 
 
 def _solve(
