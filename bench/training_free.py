@@ -430,7 +430,7 @@ def table(study: str, measurements: list[Measurement]) -> str:
     lines += ["", *_losses(columns, heads, study), ""]
     images, count = (
         mine[0]["images"],
-        min(measurement["calibration_images"] for measurement in mine),
+        min(m["calibration_images"] for m in mine if m["options"] != FAST),
     )
     seeds = sorted({len({measurement["seed"] for measurement in column}) for column in columns})
     off = max(abs(measurement["macs_left"] - _fraction(measurement)) for measurement in mine)
