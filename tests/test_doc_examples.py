@@ -75,7 +75,7 @@ def arguments_of(command: str) -> list[str] | None:
     ids=str,
 )
 def test_python_examples_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if 'secateur.load("runs/tuned")' in block.text:
+    if 'secateur.load("runs/finetuned")' in block.text:
         pytest.skip("run with the commands of its page")
     if block.page.stem == "ultralytics":
         pytest.skip("run in order, with a network and data, by test_ultralytics")

@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import psutil, torch
-from secateur.runtime.kept_memory import kept_memory
+from secateur.runtime.kept_memory import give_memory_back, kept_memory
 
 SIZE = 64 * 2**20
 
@@ -29,23 +29,32 @@ with kept_memory():
     # What is freed is not always one piece: it takes some rounds until a piece is large enough.
     kept = min(faults() for _ in range(12))
     held = psutil.Process().memory_info().rss
+    if "between" in sys.argv:
+        give_memory_back()
+        print(held - psutil.Process().memory_info().rss)
 after = faults()
 left = psutil.Process().memory_info().rss
 print(before, kept, after, held - left)
 """
 
 
-def run_program(environment: Mapping[str, str]) -> list[int]:
+def run_program(environment: Mapping[str, str], *arguments: str) -> list[int]:
     """Return page faults of a large tensor before, in and after a block, and bytes given back."""
     inherited = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True,
         text=True,
         check=True,
         env={**inherited, **environment},
     )
     return [int(number) for number in done.stdout.split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_memory_is_given_back_between_stages() -> None:
+    given_back, *_ = run_program({}, "between")
+    assert given_back > 60 * 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")

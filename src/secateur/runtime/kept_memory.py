@@ -56,6 +56,17 @@ def kept_memory() -> Iterator[None]:
                 libc.malloc_trim(0)
 
 
+def give_memory_back() -> None:
+    """Give what `kept_memory` has kept back to the system, between two stages of a run.
+
+    The pieces that one stage freed are seldom of the size that the next one asks for, so both would
+    take memory at the same time.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
 def _glibc() -> ctypes.CDLL | None:
     """Return glibc, if its thresholds may be set."""
     try:

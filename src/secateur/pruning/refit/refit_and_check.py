@@ -18,6 +18,7 @@ from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime.device import full_float32
+from secateur.runtime.kept_memory import give_memory_back
 from secateur.runtime.progress import ProgressCallback, no_progress
 
 
@@ -55,6 +56,7 @@ def refit_and_check(
     if settings.layers != "none":
         before = {name: tensor.clone() for name, tensor in smaller.state_dict().items()}
         cut = divergence(smaller)
+        give_memory_back()
         layers = refit(
             inputs,
             images.calibration(),
@@ -63,6 +65,7 @@ def refit_and_check(
             task=images.task,
             progress=progress,
         )
+        give_memory_back()
         refitted = divergence(smaller)
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
