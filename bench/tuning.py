@@ -1,6 +1,7 @@
 """Measure the accuracy that fine-tuning recovers on CIFAR-10, beside the paper's figures.
 
-    python bench/tuning.py --data DIR --weights DIR [--only PATTERN] [--seeds N] [--compile]
+    python bench/tuning.py --data DIR --weights DIR [--only PATTERN] [--seeds N]
+        [--workers N] [--compile]
 
 This runs the jobs of `configs/paper/*_cifar10.toml` that use the default criterion. Each job adds
 a line to `results/tuning.jsonl`. Jobs that are already there are not run again, an interrupted job
@@ -19,6 +20,8 @@ import fnmatch
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from rows import ROOT, revision, surroundings
@@ -48,6 +51,7 @@ class Case:
 
 CASES = {
     ("resnet20", "macs=0.7"): Case("resnet20_cifar10.toml", 0.12, "0.12"),
+    ("resnet20", "macs=0.58"): Case("resnet20_cifar10.toml", 0.11, "–"),
     ("resnet32", "macs=0.7"): Case("resnet32_cifar10.toml", 0.02, "0.02"),
     ("resnet56", "macs=0.5"): Case("resnet56_cifar10.toml", 0.0, "–"),
     ("vgg16_bn", "macs=0.5"): Case("vgg16_cifar10.toml", 0.30, "0.86"),
@@ -55,13 +59,15 @@ CASES = {
 """By network and target."""
 
 
-def configured(case: Case, data: str, weights: Path, seed: int, *, compiled: bool) -> RunConfig:
+def configured(
+    network: str, target: str, data: str, weights: Path, seed: int, *, compiled: bool
+) -> RunConfig:
     """Return the run of a case, with the default criterion."""
-    spec = read_spec(CONFIGS / case.file).with_weights_in(weights)
+    spec = read_spec(CONFIGS / CASES[network, target].file).with_weights_in(weights)
     (config,) = (
         job.config
         for job in jobs_of(spec)
-        if (job.criterion, job.seed) == (ScoreSection().criterion, seed)
+        if (job.criterion, job.target, job.seed) == (ScoreSection().criterion, target, seed)
     )
     images = config.data.model_copy(update={"source": f"cifar10:{data}"})
     finetune = config.finetune.model_copy(update={"compile": compiled})
@@ -73,7 +79,7 @@ def measure(
     network: str, target: str, data: str, weights: Path, seed: int, *, compiled: bool
 ) -> Measurement:
     """Prune and fine-tune one network, and return what was measured."""
-    config = configured(CASES[network, target], data, weights, seed, compiled=compiled)
+    config = configured(network, target, data, weights, seed, compiled=compiled)
     folder = ROOT / "runs" / "tuning" / f"{network}-{target}-{seed}-{config.finetune.epochs}"
     result = run(config, folder, resume=True)
     finetuning, before = result.finetuning, result.score("before")
@@ -95,6 +101,7 @@ def measure(
         "command": "python bench/tuning.py --data DIR --weights DIR",
         "revision": revision(),
         "environment": surroundings("accelerate"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="the folder of the base weights")
     parser.add_argument("--only", default="*", help="pattern of networks")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--compile", action="store_true", help="train the compiled network")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -205,7 +213,7 @@ def main() -> None:
             for seed in range(arguments.seeds)
             if (network, target, seed, spec.finetune.epochs) not in known
         ]
-    run_all("tuning.py", calls, 1)
+    run_all("tuning.py", calls, arguments.workers)
     measurements = read_measurements(RESULTS, KEY)
     PAGE.write_text(page(PAGE.read_text(), measurements))
     FRONT.write_text(front(FRONT.read_text(), measurements))
