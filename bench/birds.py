@@ -105,7 +105,8 @@ def prune_command(data: Path, base: Path, seed: int) -> list[str]:
 def run_together(calls: Iterable[Sequence[str]]) -> None:
     """Run secateur with each list of arguments, all at a time; stop if one fails."""
     processes = [subprocess.Popen([sys.executable, "-m", "secateur", *call]) for call in calls]
-    if any([process.wait() for process in processes]):
+    exit_codes = [process.wait() for process in processes]
+    if any(exit_codes):
         raise SystemExit("a run failed: its message is above")
 
 
