@@ -53,6 +53,7 @@ Fit = Literal["crop", "letterbox", "stretch"]
 PadPlace = Literal["centre", "top-left"]
 ChannelOrder = Literal["rgb", "bgr"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
+Action = Literal["channels", "rank"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
 TaskKind = Literal[
@@ -223,6 +224,9 @@ class PlanSection(Section):
     target: Annotated[str, BeforeValidator(lambda target: str(parse_budget(target)))] = "macs=0.5"
     """Budget of the pruned network, as a fraction of the original: macs=F, params=F, filters=F,
     memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
+    actions: tuple[Action, ...] = ("channels",)
+    """What makes the network smaller: `channels` removes filters, `rank` replaces convolutions by
+    two thinner ones each. With both, each layer gets what costs least."""
     allocation: AllocationRule = "sensitivity"
     """How the budget is spread over the layers: `sensitivity` keeps the loss at the network's
     output small, as measured on calibration images; `uniform` keeps the same fraction everywhere;
@@ -254,6 +258,23 @@ class PlanSection(Section):
     def budget(self) -> Budget:
         """The target as a value."""
         return parse_budget(self.target)
+
+    @model_validator(mode="after")
+    def _check_actions(self) -> PlanSection:
+        if not self.actions or len(set(self.actions)) < len(self.actions):
+            raise ValueError("actions: name channels, rank or both, each once")
+        if "rank" not in self.actions:
+            return self
+        if self.allocation != "sensitivity":
+            raise ValueError("the action rank needs allocation = 'sensitivity'")
+        if self.budget.quantity not in ("macs", "params"):
+            raise ValueError(
+                "the action rank plans by macs or params: set the target macs=F or params=F, or "
+                "leave rank out of the actions"
+            )
+        if self.rounds > 1:
+            raise ValueError("the action rank needs rounds = 1")
+        return self
 
     @model_validator(mode="after")
     def _check_shares(self) -> PlanSection:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from secateur.graph.module_state import as_input, copy_of, device_of, evaluating
+from secateur.graph.module_state import as_input, copy_of, device_of, evaluating, owner_of
 from secateur.runtime.torch_internals import is_compiled_in_place
 
 
@@ -63,5 +63,8 @@ def like_original(smaller: nn.Module, original: nn.Module) -> nn.Module:
     result = copy_of(smaller, share_tensors=False)
     tensors = {**dict(original.named_parameters()), **dict(original.named_buffers())}
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
-        tensor.data = tensor.data.to(tensors[name].device, tensors[name].dtype)
+        before = tensors.get(name)
+        if before is None:  # a convolution that is two now: its own kernel
+            before = tensors[f"{owner_of(owner_of(name))}.weight"]
+        tensor.data = tensor.data.to(before.device, before.dtype)
     return result

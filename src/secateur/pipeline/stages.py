@@ -115,7 +115,11 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
     since = time.perf_counter()
     outcome = refit_and_check(
         RefitInputs(
-            this.network, cut_stage.network, this.context.dependencies, cut_stage.plan.removed
+            this.network,
+            cut_stage.network,
+            this.context.dependencies,
+            cut_stage.plan.removed,
+            cut_stage.plan.ranks,
         ),
         this.context.refit_images,
         this.config.refit,
@@ -314,7 +318,9 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
         smaller = apply_plan(this.network, this.context.dependencies, plan)
         if this.config.refit.is_any:
             refit_and_check(
-                RefitInputs(this.network, smaller, this.context.dependencies, plan.removed),
+                RefitInputs(
+                    this.network, smaller, this.context.dependencies, plan.removed, plan.ranks
+                ),
                 this.context.refit_images,
                 this.config.refit,
                 seed=this.config.seed,

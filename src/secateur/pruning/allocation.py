@@ -11,7 +11,7 @@ import bisect
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from secateur.runtime.errors import TargetError
 
 NOTHING = 1e-9
 """A reduction by less than this fraction counts as none."""
+JUMPS = 24
+"""First steps that are compared for a jumping group, at most."""
 Counts = dict[str, int]
 """`{group: number of its channels that stay}`."""
 
@@ -34,6 +36,9 @@ class SearchSpace:
     limit: float
     pressure: Callable[[Counts], float] | None = None
     """A smooth proxy to reduce instead, if the measure is a maximum that no single group moves."""
+    jumping: frozenset[str] = frozenset()
+    """Groups whose first step may reduce little for what it costs, so that further ones count: a
+    convolution that becomes two costs as much as before, at first."""
 
     @property
     def whole(self) -> Counts:
@@ -99,7 +104,10 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     the result still fits, the most expensive first. At least `space.least` must fit.
     """
     pressure = space.pressure or space.measure
-    hulls = {name: _hull(steps, sensitivity[name]) for name, steps in space.steps.items()}
+    hulls = {
+        name: _hull(steps, sensitivity[name], is_jumping=name in space.jumping)
+        for name, steps in space.steps.items()
+    }
     counts = space.whole
     now = pressure(counts)
 
@@ -112,6 +120,8 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
             return pressure({**counts, name: count})
 
         least = now * NOTHING
+        if name in space.jumping and counts[name] == space.steps[name][-1]:
+            return min(jumps(name), default=None)
         count = space.steps[name][place - 1]
         left = after(count)
         if now - left <= least:
@@ -124,6 +134,15 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
         loss = hulls[name](count) - hulls[name](counts[name])
         gain = now - left
         return _Step(loss / gain if gain > least else math.inf, loss, name, count, left)
+
+    def jumps(name: str) -> Iterator[_Step]:
+        """Yield steps of several sizes from the whole group, which cost nothing where it is."""
+        below = space.steps[name][:-1]
+        for count in below[:: -(-len(below) // JUMPS)]:
+            left = pressure({**counts, name: count})
+            loss, gain = hulls[name](count), now - left
+            cost = loss / gain if gain > now * NOTHING else math.inf
+            yield _Step(cost, loss, name, count, left)
 
     queue = sorted(step for name in counts if (step := next_step(name)) is not None)
     while queue and not (now <= space.limit if space.pressure is None else space.fits(counts)):
@@ -201,11 +220,16 @@ def _filled_up(space: SearchSpace, counts: Counts, names: Sequence[str]) -> Coun
     return counts
 
 
-def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int], float]:
-    """Return the lower convex hull of the sensitivity at some counts: a function of the count."""
+def _hull(
+    steps: Sequence[int], sensitivity: Sequence[float], *, is_jumping: bool
+) -> Callable[[int], float]:
+    """Return the lower convex hull of the sensitivity at some counts: a function of the count.
+
+    That of a jumping group is the hull without its last count.
+    """
     whole = steps[-1]
     corners: list[tuple[int, float]] = []
-    for count in steps:
+    for count in steps[:-1] if is_jumping and len(steps) > 1 else steps:
         point = (count, max(0.0, sensitivity[whole - count]))
         while len(corners) > 1 and _is_above(corners[-2], corners[-1], point):
             corners.pop()
@@ -213,6 +237,8 @@ def _hull(steps: Sequence[int], sensitivity: Sequence[float]) -> Callable[[int],
     places = [count for count, _ in corners]
 
     def value(count: int) -> float:
+        if count == whole:
+            return sensitivity[0]
         place = min(max(1, bisect.bisect_left(places, count)), len(corners) - 1)
         if len(corners) == 1:
             return corners[0][1]

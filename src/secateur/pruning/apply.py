@@ -6,6 +6,7 @@ from torch import nn
 
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.factorisation import matrix_of, replace_by_factors
 from secateur.graph.wrappers import unwrapped
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import RunFolderError
@@ -14,13 +15,17 @@ from secateur.runtime.errors import RunFolderError
 def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
     """Return a copy of `model` without the plan's filters and everything that depends on them.
 
+    Convolutions with a rank in the plan are two each (`graph.factorisation`).
     The copy has the mode, hooks, dtype, memory format and `requires_grad` of `model`, which is not
     changed. Of a network that is compiled or wrapped in `DataParallel` the network itself is copied
     and returned. Raises `RunFolderError` if the plan was
-    made for another network, or names a group or filter that `dependencies` lacks.
+    made for another network, or names a group, filter or convolution that the network lacks.
     """
     check_plan(dependencies, plan)
-    return cut(unwrapped(model), dependencies, plan.removed)
+    smaller = cut(unwrapped(model), dependencies, plan.removed)
+    _check_ranks(smaller, plan)
+    replace_by_factors(smaller, plan.ranks)
+    return smaller
 
 
 def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
@@ -45,3 +50,15 @@ def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:
     if emptied is not None:
         name = next(n for n, group in dependencies.groups.items() if emptied[0] in group.channels)
         raise RunFolderError(f"the plan removes all channels of a part of {name!r}")
+
+
+def _check_ranks(smaller: nn.Module, plan: PruningPlan) -> None:
+    """Raise `RunFolderError` if the plan has a rank for what is no convolution of the network."""
+    modules = dict(smaller.named_modules())
+    for name, rank in plan.ranks.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Conv2d) or module.groups != 1:
+            raise RunFolderError(f"the plan splits {name!r}, which is not a convolution to split")
+        most = min(matrix_of(module.weight.detach()).shape)
+        if not isinstance(rank, int) or not 1 <= rank <= most:
+            raise RunFolderError(f"the plan gives {name!r} the rank {rank}, not one from 1 to {most}")

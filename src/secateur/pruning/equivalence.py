@@ -1,11 +1,13 @@
 """Check that the cut network equals the masked original, and that no tensor is NaN or Inf.
 
 The masked original is the original network with the removed channels zeroed where they are read.
+Kernels that the cut network replaces by two have the product of these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Axes
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.factorisation import replace_by_factors, tensors_with_products
 from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.module_state import copy_of, tensors_of
 from secateur.graph.network_graph import Compute
@@ -54,17 +57,23 @@ def check_equivalence(
 
     def error_in_float64(plan: PruningPlan) -> float:
         smaller = cut(double, dependencies, plan.removed)
+        replace_by_factors(smaller, plan.ranks)
         return _error(double, dependencies, plan, smaller, images.double())
 
     if error_in_float64(plan) <= TOLERANCE:
         return error
-    for name, removed in plan.removed.items():
-        if not error_in_float64(PruningPlan({name: removed}, plan.budget, plan.criterion)) <= (
-            TOLERANCE
-        ):
+    parts = [
+        (f"removing the filters of {name}", name, replace(plan, removed={name: filters}, ranks={}))
+        for name, filters in plan.removed.items()
+    ] + [
+        (f"splitting {name} in two", name, replace(plan, removed={}, ranks={name: rank}))
+        for name, rank in plan.ranks.items()
+    ]
+    for what, name, part in parts:
+        if not error_in_float64(part) <= TOLERANCE:
             raise CutError(
-                f"after removing the filters of {name} the outputs differ from the masked original "
-                f"(relative error {error:.1e}); use --exclude {name!r} to keep them"
+                f"after {what} the outputs differ from the masked original "
+                f"(relative error {error:.1e}); use --exclude {name!r} to keep it as it is"
             )
     raise CutError(
         "after removing the filters of all layers together the outputs differ from the masked "
@@ -80,30 +89,40 @@ def _error(
     images: Images,
 ) -> float:
     with torch.inference_mode():
-        expected = masked_network(model, dependencies, plan)(images)
+        products = tensors_with_products(smaller, plan.ranks)
+        kernels = {name: products[f"{name}.weight"] for name in plan.ranks}
+        expected = masked_network(model, dependencies, plan, kernels)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
 def masked_network(
-    model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    plan: PruningPlan,
+    kernels: Mapping[str, Tensor] | None = None,
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """Return the masked original as a function of images: what the cut network must equal.
 
     It runs in evaluation mode, with the removed channels zeroed where they are read. Operations
-    over all channels, such as layer norm, are computed over the channels that stay. The function
+    over all channels, such as layer norm, are computed over the channels that stay. `kernels` are
+    those of the cut network's convolutions that differ from the original's, by name. The function
     returns a tuple if the network returns several tensors.
     """
     sizes = dependencies.sizes_after(plan.removed)
     stays = dependencies.kept_ids(dependencies.kept_channels(plan.removed))
     overrides: dict[Node, Compute] = {}
     for consumer in dependencies.consumers:
-        kept = stays[consumer.channels]
-        if not kept.all():
-            mask = torch.from_numpy(kept)
+        is_kept = stays[consumer.channels]
+        if not is_kept.all():
+            mask = torch.from_numpy(is_kept)
             overrides[consumer.node] = _masking(consumer.node, mask, consumer.dim)
     for node in dependencies.mixing:
         overrides[node] = _over_kept(node, dependencies, stays, sizes.get(node, {}))
     state = tensors_of(model)
+    kept = dependencies.kept_indices(plan.removed)
+    for name, kernel in (kernels or {}).items():
+        weight = f"{name}.weight"
+        state[weight] = _with_part(state[weight], kernel, kept.get(weight, {}))
 
     def masked(images: Images) -> Tensor | tuple[Tensor, ...]:
         interpreter = GraphInterpreter(dependencies.graph, state, images)
@@ -111,6 +130,18 @@ def masked_network(
         return outputs[0] if len(outputs) == 1 else outputs
 
     return masked
+
+
+def _with_part(
+    kernel: Tensor, part: Tensor, kept: Mapping[int, npt.NDArray[np.int64]]
+) -> Tensor:
+    """Return a kernel with the values of `part` at the indices that are kept."""
+    result = kernel.clone()
+    index = [torch.arange(size, device=kernel.device) for size in kernel.shape]
+    for dim, indices in kept.items():
+        index[dim] = torch.from_numpy(indices).to(kernel.device)
+    result[torch.meshgrid(*index, indexing="ij")] = part
+    return result
 
 
 def _masking(node: Node, kept: Tensor, dim: int) -> Compute:

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,19 +20,26 @@ from torch import Tensor
 
 from secateur.config import AllocationRule, Budget, parse_budget
 from secateur.graph.dependency import OUTPUT, RESIDUAL, DependencyGraph, Removed
+from secateur.graph.factorisation import FactorableLayer, Ranks
 from secateur.pruning.allocation import (
+    Counts,
     SearchSpace,
     equal_fractions,
     keep_fractions,
     lowest_scores,
     lowest_sensitivity,
 )
+from secateur.pruning.cost.factored import FactoredCost
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+VERSION_WITHOUT_RANKS = 2
+"""Version that a plan without ranks is written in, so that older versions can read it."""
+RANK_OF = "rank of "
+"""Prefix of a convolution's rank among the counts that an allocation chooses."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class PruningPlan:
     refused. None: any network with these groups."""
     weights: str | None = None
     """Hash of the weights that were scored (`hashing.weights_hash`), if known."""
+    ranks: Ranks = field(default_factory=dict)
+    """Convolutions that become two, one after the other, with the channels in between."""
 
     def to_json(self) -> str:
         """Return the plan as JSON text with its schema version and hash."""
@@ -61,11 +70,12 @@ class PruningPlan:
     def _content(self) -> dict[str, Any]:
         hashes = {"architecture": self.architecture, "weights": self.weights}
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": SCHEMA_VERSION if self.ranks else VERSION_WITHOUT_RANKS,
             "target": str(self.budget),
             "criterion": self.criterion,
             **{key: value for key, value in hashes.items() if value is not None},
             "removed": {name: list(filters) for name, filters in self.removed.items()},
+            **({"ranks": dict(self.ranks)} if self.ranks else {}),
         }
 
     @staticmethod
@@ -82,18 +92,36 @@ class PruningPlan:
                 criterion=content["criterion"],
                 architecture=content.get("architecture"),
                 weights=content.get("weights"),
+                ranks={name: int(rank) for name, rank in content.get("ranks", {}).items()},
             )
         except (
             *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
             TargetError,
         ) as error:
             raise RunFolderError(f"the plan can't be read: {error}") from error
-        if content.get("schema_version") != SCHEMA_VERSION:
-            version = content.get("schema_version")
-            raise RunFolderError(f"the plan has schema version {version}, not {SCHEMA_VERSION}")
+        version = content.get("schema_version")
+        if version not in (VERSION_WITHOUT_RANKS, SCHEMA_VERSION):
+            raise RunFolderError(
+                f"the plan has schema version {version}, and this secateur reads up to "
+                f"{SCHEMA_VERSION}"
+            )
         if content.get("hash") != plan.hash:
             raise RunFolderError("the plan's hash does not match its content: it has been changed")
         return plan
+
+
+@dataclass(frozen=True, eq=False)
+class RankChoice:
+    """The convolutions that may become two."""
+
+    layers: Mapping[str, FactorableLayer]
+    sensitivity: Mapping[str, Sequence[float]]
+    """`{name: output error when the rank is less than the whole rank by 0, 1, …}`."""
+
+    def chosen(self, counts: Counts) -> dict[str, int]:
+        """Return the ranks among an allocation's counts, of the convolutions that become two."""
+        ranks = {name: counts[RANK_OF + name] for name in self.layers}
+        return {name: n for name, n in ranks.items() if n < self.layers[name].whole_rank}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +137,10 @@ class Allocation:
 
     rule: AllocationRule = "uniform"
     sensitivity: Mapping[str, Sequence[float]] | None = None
+    ranks: RankChoice | None = None
+    """Convolutions that may become two; with the rule `sensitivity` only."""
+    keeps_channels: bool = False
+    """Whether no group loses channels, so that only ranks are reduced."""
     shares: Mapping[str, float] | None = None
 
 
@@ -138,7 +170,13 @@ def make_plan(  # public: one keyword for each thing that a user may set
     architecture = dependencies.architecture
     ranking = rank(scores, dependencies, criterion, ties=ties)
     space = make_space(
-        ranking, dependencies, target, round_to=round_to, min_filters=min_filters, latency=latency
+        ranking,
+        dependencies,
+        target,
+        round_to=round_to,
+        min_filters=min_filters,
+        latency=latency,
+        allocation=allocation,
     )
     if allocation.rule == "shares":
         if allocation.shares is None:
@@ -157,7 +195,18 @@ def make_plan(  # public: one keyword for each thing that a user may set
     else:
         if allocation.sensitivity is None:
             raise UsageError("the allocation `sensitivity` needs the sensitivity of each group")
-        counts = lowest_sensitivity(space, allocation.sensitivity)
+        ranks = allocation.ranks
+        of_ranks = {} if ranks is None else ranks.sensitivity
+        curves = {RANK_OF + name: curve for name, curve in of_ranks.items()}
+        counts = lowest_sensitivity(space, {**allocation.sensitivity, **curves})
+        removed = ranking.removed(counts)
+        chosen = {} if ranks is None else ranks.chosen(counts)
+        if ranks is not None:
+            saved = FactoredCost(dependencies, ranks.layers, target.quantity)
+            savings = saved.savings(chosen, removed)
+            saving = {name for name, less in zip(ranks.layers, savings, strict=True) if less}
+            chosen = {name: rank for name, rank in chosen.items() if name in saving}
+        return PruningPlan(removed, target, criterion, architecture, ranks=chosen)
     return PruningPlan(ranking.removed(counts), target, criterion, architecture)
 
 
@@ -169,8 +218,13 @@ def make_space(
     round_to: int = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
+    allocation: Allocation | None = None,
 ) -> SearchSpace:
-    """Return the numbers of channels that groups may keep, with the budget as their limit."""
+    """Return the numbers of channels that groups may keep, with the budget as their limit.
+
+    The ranks that convolutions may have are among them, if the `allocation` holds such.
+    """
+    allocation = allocation or Allocation()
     measure = count_quantity(dependencies, target.quantity, latency)
     pressure = crowding_of(dependencies, target.quantity)
     order = ranking.order
@@ -178,11 +232,29 @@ def make_space(
         name: _steps(dependencies, name, channels, round_to, max(min_filters, ranking.least[name]))
         for name, channels in order.items()
     }
+    if allocation.keeps_channels:
+        steps = {name: allowed[-1:] for name, allowed in steps.items()}
+    limit = target.fraction_left * measure({})
+    ranks = allocation.ranks
+    if ranks is None:
+        return SearchSpace(
+            steps,
+            lambda counts: measure(ranking.removed(counts)),
+            limit,
+            pressure and (lambda counts: pressure(ranking.removed(counts))),
+        )
+    saved = FactoredCost(dependencies, ranks.layers, target.quantity)
+    steps |= {
+        RANK_OF + name: [*range(round_to, layer.whole_rank, round_to), layer.whole_rank]
+        for name, layer in ranks.layers.items()
+    }
+
+    def with_ranks(counts: Counts) -> float:
+        removed = ranking.removed(counts)
+        return measure(removed) - float(saved.savings(ranks.chosen(counts), removed).sum())
+
     return SearchSpace(
-        steps,
-        lambda counts: measure(ranking.removed(counts)),
-        target.fraction_left * measure({}),
-        pressure and (lambda counts: pressure(ranking.removed(counts))),
+        steps, with_ranks, limit, jumping=frozenset(RANK_OF + name for name in ranks.layers)
     )
 
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
+from secateur.graph.factorisation import factorable_layers
 from secateur.graph.module_state import tensors_of
 from secateur.models.task import SINGLE_LABEL, Task
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
-from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
+from secateur.pruning.plan import Allocation, PruningPlan, RankChoice, make_plan, make_space
+from secateur.pruning.rank_sensitivity import measure_rank_sensitivity
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_sensitivity
 from secateur.runtime import distributed
@@ -61,6 +63,7 @@ class PlanInputs:
             rank(self.scores.scores, self.dependencies, self.scores.criterion),
             self.dependencies,
             target,
+            allocation=self.allocation,
             round_to=self.settings.round_to,
             min_filters=self.settings.min_filters,
             latency=self.latency,
@@ -125,11 +128,30 @@ def make_plan_inputs(
         latency = distributed.on_main_process(
             lambda: measure_latency(model, dependencies, images.example)
         )
+    ranks: RankChoice | None = None
+    if "rank" in settings.actions:
+        layers = factorable_layers(model, dependencies, settings.exclude)
+        rank_sensitivity = measure_rank_sensitivity(
+            state,
+            dependencies,
+            layers,
+            images.sample(),
+            most_images=settings.sensitivity_images,
+            task=images.task,
+            memory_bytes=images.memory_bytes,
+            progress=progress,
+        )
+        ranks = RankChoice(layers, rank_sensitivity)
     inputs = {}
     for name, criterion in criteria.items():
         own_moments = criterion if isinstance(criterion, Reconstruction) else moments
         own_ties = ties if own_moments is moments and scores[name].has_ties else None
-        allocation = Allocation(settings.allocation, shares=settings.shares or None)
+        allocation = Allocation(
+            settings.allocation,
+            shares=settings.shares or None,
+            ranks=ranks,
+            keeps_channels="channels" not in settings.actions,
+        )
         if settings.allocation == "sensitivity" and own_moments is not None:
             ranking = rank(scores[name].scores, dependencies, name, ties=own_ties)
             sensitivity = measure_sensitivity(

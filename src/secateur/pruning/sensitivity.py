@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -113,26 +113,51 @@ def measure_sensitivity(
         )
         for group, part in distributed.shard([*zip(ordered, parts, strict=True)])
     ]
+    gains = error_gains(dependencies.graph, state, sample, measurements, progress)
+    gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
+    return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
+
+
+class Measurement(Protocol):
+    """Errors that an edit of the network makes, at its place and at the output."""
+
+    part: PartialPass
+    errors: Float[Tensor, "snapshot 2"]
+    """Errors of the output and at the place, summed over images."""
+
+    def add(self, plain: PlainPass) -> None:
+        """Measure the errors on a batch with the snapshot that it takes."""
+
+
+def error_gains(
+    graph: NetworkGraph,
+    state: Tensors,
+    sample: Float[Tensor, "image ..."],
+    measurements: Sequence[Measurement],
+    progress: ProgressCallback = no_progress,
+) -> list[float]:
+    """Return the gains of the measurements of all processes.
+
+    A process's measurements are its shard of them, in the order of execution.
+    """
     unchanged = frozenset().union(*(measurement.part.unchanged for measurement in measurements))
     batches_by_snapshot = _by_snapshot(sample)
     steps = (
         (plain, measurement)
         for snapshot, images in batches_by_snapshot
-        for plain in [_PlainPass(dependencies.graph, state, images, snapshot, unchanged)]
+        for plain in [PlainPass(graph, state, images, snapshot, unchanged)]
         for measurement in measurements
     )
     with torch.inference_mode():
         total = len(batches_by_snapshot) * len(measurements)
         for plain, measurement in progress(steps, "measuring sensitivity", total):
             measurement.add(plain)
-    gains = distributed.gather_shards(
+    return distributed.gather_shards(
         [error_ratio(measurement.errors) for measurement in measurements]
     )
-    gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
-    return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
 
 
-class _PlainPass:
+class PlainPass:
     """A batch in the network without any edit."""
 
     def __init__(
@@ -176,7 +201,7 @@ class _Measurement:
         self._from_curve = curve[counts].tolist() if is_read_apart(group) else None
         self._task = task
 
-    def add(self, plain: _PlainPass) -> None:
+    def add(self, plain: PlainPass) -> None:
         """Measure the errors on a batch with the snapshot that it takes."""
         if not self._snapshots:
             return

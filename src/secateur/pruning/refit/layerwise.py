@@ -25,7 +25,7 @@ remaining channels. Least squares on sampled positions is what channel pruning (
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ from secateur.data import Batch, is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, Removed
+from secateur.graph.factorisation import (
+    Ranks,
+    factorise,
+    product,
+    tensors_with_products,
+    write_products,
+)
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.module_state import device_of, tensors_of
@@ -49,9 +56,14 @@ from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
 from secateur.pruning.refit.important_positions import make_importance
 from secateur.pruning.refit.layers import RefitLayer, refit_layer
-from secateur.pruning.refit.patch_regression import PatchRegression, count_rows
+from secateur.pruning.refit.patch_regression import PatchRegression, RankLimit, count_rows
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
-from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
+from secateur.pruning.refit.target_layers import (
+    TargetLayer,
+    affine,
+    offset_place,
+    target_layer,
+)
 from secateur.runtime import distributed
 from secateur.runtime.device import sums_device
 from secateur.runtime.errors import DataError
@@ -75,6 +87,8 @@ class RefitInputs:
     dependencies: DependencyGraph
     """Dependency graph of `model`."""
     removed: Removed
+    ranks: Ranks = field(default_factory=dict)
+    """Convolutions of `smaller` that are two each, with the rank of their kernel."""
 
 
 def refit(
@@ -106,15 +120,16 @@ def refit(
     whole_batches = rebatch(batches)
     kept = KeptChannels(dependencies, inputs.removed)
     names = dependencies.graph.tensor_names.values()
-    tensors = tensors_of(inputs.smaller)
+    tensors = tensors_with_products(inputs.smaller, inputs.ranks)
     norms = dependencies.weight_norms
     state = with_kernels(norms, {name: tensors[name].clone() for name in names})
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
     importance = make_importance(kept, full_state, task, settings, seed)
     uses = _uses_by_kernel(dependencies)
-    lost_inputs = _kernels_that_lost_inputs(dependencies, inputs.removed, uses)
-    first = next((layers[0].node for weight, layers in uses.items() if weight in lost_inputs), None)
+    changed = _kernels_that_lost_inputs(dependencies, inputs.removed, uses)
+    changed |= {f"{name}.weight" for name in inputs.ranks}
+    first = next((layers[0].node for weight, layers in uses.items() if weight in changed), None)
     with torch.inference_mode(), cache:
         count = 0
         for batch, images in whole_batches:
@@ -137,6 +152,7 @@ def refit(
             raise DataError("no calibration images to re-estimate kernels from")
         refitter = _LayerRefitter(
             kept=kept,
+            ranks=inputs.ranks,
             full_state=full_state,
             state=state,
             settings=settings,
@@ -148,7 +164,7 @@ def refit(
         )
         for weight, layers in progress(uses.items(), "refitting layers", len(uses)):
             upstream_changed = settings.layers == "downstream" and bool(results)
-            if weight in lost_inputs or upstream_changed:
+            if weight in changed or upstream_changed:
                 results.append(refitter.refit_kernel(layers))
                 for norm in norms:
                     if norm.direction == layers[0].weight:
@@ -156,6 +172,7 @@ def refit(
     with torch.no_grad():
         for name in names:
             tensors[name].copy_(state[name])
+    write_products(inputs.smaller, inputs.ranks, tensors)
     return tuple(results)
 
 
@@ -188,6 +205,7 @@ class _LayerRefitter:
     """Refits one kernel after the other, in the order of execution."""
 
     kept: KeptChannels
+    ranks: Ranks
     full_state: State
     """Tensors of the original network."""
     state: State
@@ -231,6 +249,10 @@ class _LayerRefitter:
                     batch.targets = []
             conclude()
         choice = regression.choice()
+        rank = self.ranks.get(layer.name)
+        if rank is not None and form == "channel":
+            nearest = product(*factorise(state[layer.weight], rank))
+            state[layer.weight] = nearest.to(state[layer.weight].dtype)
         for name, tensor in state.items():
             self.state[name] = tensor.to(self.state[name].device)
         return LayerRefit(layer.name, choice.error_cut, choice.error, choice.ridge, form=form)
@@ -243,14 +265,29 @@ class _LayerRefitter:
         `state` holds the layer's tensors in the cut network, where it writes the new ones.
         """
         layers = [target.layer for target in targets]
+        limit = self._limit(targets[0])
         if self.settings.form == "patch" and layers[0].has_patches:
             kernel = state[layers[0].layer.weight]
             counts = count_rows(layers, kernel, self._rows_of(layers), self.limit_bytes)
             if counts.fits:
                 rectified = self.settings.rectified and all(target.rectified for target in targets)
-                return PatchRegression(layers, state, place, counts, rectified=rectified), "patch"
+                regression = PatchRegression(
+                    layers, state, place, counts, rectified=rectified, limit=limit
+                )
+                return regression, "patch"
         kernel = self.full_state[layers[0].layer.weight].to(self.sums_device)
         return ChannelRegression(layers, kernel, state, place), "channel"
+
+    def _limit(self, target: TargetLayer) -> RankLimit | None:
+        """Return the rank that a layer's kernel must have, if it is replaced by two."""
+        rank = self.ranks.get(target.layer.layer.name)
+        if rank is None:
+            return None
+        graph, filters = self.kept.dependencies.graph, target.layer.layer.weight
+        scale = torch.ones(len(self.state[filters]))
+        if target.norm is not None:
+            scale, _ = affine(graph, self.state, target.norm)
+        return RankLimit(rank, scale)
 
     @property
     def _held_out(self) -> int:

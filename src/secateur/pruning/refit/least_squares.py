@@ -67,6 +67,15 @@ class LeastSquares(abc.ABC):
         the kernel holds values that are not finite.
         """
 
+    @abc.abstractmethod
+    def moments(
+        self, ridge: float
+    ) -> tuple[Float[Tensor, "group input input"], Float[Tensor, "group input"]]:
+        """Return the inputs' products that `ridge` solves with, and their mean, or 0 for a bias.
+
+        A change of the kernel shifts the outputs by its product with that mean.
+        """
+
 
 class Gram(LeastSquares):
     """Sums of products of inputs and targets.
@@ -90,10 +99,10 @@ class Gram(LeastSquares):
         """Means, and means of products, about the means if there is no `bias` to keep; known once
         the sums are merged."""
 
-    def _new_products(self, *, of_targets: bool) -> _Products:
+    def _new_products(self, *, of_targets: bool) -> Products:
         groups, outputs, inputs = self._old.shape
         left = outputs if of_targets else inputs
-        return _Products(groups, left, inputs, self._old.device, is_square=not of_targets)
+        return Products(groups, left, inputs, self._old.device, is_square=not of_targets)
 
     def add(
         self, x: Float[Tensor, "group row input"], y: Float[Tensor, "group row output"]
@@ -131,13 +140,24 @@ class Gram(LeastSquares):
         self, ridge: float
     ) -> tuple[Float[Tensor, "group output input"], Float[Tensor, "group output"]]:
         """Return the best kernel and bias; see `LeastSquares.ridge`."""
-        variance = self._xx.diagonal(dim1=1, dim2=2).mean(1)
-        strength = ridge * variance.clamp_min(SMALLEST_VARIANCE)
+        strength = self._strength(ridge)
         right = torch.addcmul(self._yx, strength[:, None, None], self._old)
         new = _solve(self._xx, strength, right.mT)
         if self._bias is not None:
             return new.mT, self._bias
         return new.mT, self._y - (new.mT @ self._x[..., None]).squeeze(-1)
+
+    def moments(
+        self, ridge: float
+    ) -> tuple[Float[Tensor, "group input input"], Float[Tensor, "group input"]]:
+        """Return products and mean of the inputs; see `LeastSquares.moments`."""
+        products = self._xx.clone()
+        products.diagonal(dim1=1, dim2=2).add_(self._strength(ridge)[:, None])
+        return products, self._x if self._bias is None else torch.zeros_like(self._x)
+
+    def _strength(self, ridge: float) -> Float[Tensor, "group"]:
+        variance = self._xx.diagonal(dim1=1, dim2=2).mean(1)
+        return ridge * variance.clamp_min(SMALLEST_VARIANCE)
 
 
 class Rows(LeastSquares):
@@ -204,24 +224,34 @@ class Rows(LeastSquares):
         self, ridge: float
     ) -> tuple[Float[Tensor, "group output input"], Float[Tensor, "group output"]]:
         """Return the best kernel and bias; see `LeastSquares.ridge`."""
-        inputs = self._x.shape[2]
-        square = self._products.diagonal(dim1=1, dim2=2).sum(1) / inputs
-        count = self._x.shape[1]
-        strength = ridge * (square / count).clamp_min(SMALLEST_VARIANCE)
-        weights = _solve(self._products, count * strength, self._residuals)
+        strength = self._strength(ridge)
+        weights = _solve(self._products, self._x.shape[1] * strength, self._residuals)
         new = self._old + weights.mT @ self._x
         if self._bias is not None:
             return new, self._bias
         return new, self._y_mean - (new @ self._x_mean.mT).squeeze(-1)
 
+    def moments(
+        self, ridge: float
+    ) -> tuple[Float[Tensor, "group input input"], Float[Tensor, "group input"]]:
+        """Return products and mean of the inputs; see `LeastSquares.moments`."""
+        products = self._x.mT @ self._x / self._x.shape[1]
+        products.diagonal(dim1=1, dim2=2).add_(self._strength(ridge)[:, None])
+        mean = self._x_mean.squeeze(1)
+        return products, mean if self._bias is None else torch.zeros_like(mean)
 
-class _Products:
+    def _strength(self, ridge: float) -> Float[Tensor, "group"]:
+        square = self._products.diagonal(dim1=1, dim2=2).sum(1) / self._x.shape[2]
+        return ridge * (square / self._x.shape[1]).clamp_min(SMALLEST_VARIANCE)
+
+
+class Products:
     """Sums of products of two kinds of rows, or of one kind with itself."""
 
     def __init__(
         self, groups: int, left: int, right: int, device: torch.device, *, is_square: bool
     ) -> None:
-        self._is_square = is_square
+        self._is_square, self.device = is_square, device
         self._centres: tuple[Tensor, Tensor] | None = None
         """What rows are taken relative to, `[group, 1, value]` of both kinds: the means of the
         first ones, in float32."""

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from secateur.data.splits import HELD_OUT_EVERY
+from secateur.pruning.low_rank import LowRank
 from secateur.pruning.refit.candidates import (
     RIDGES,
     Candidate,
@@ -45,6 +46,15 @@ ROWS_SHARE = 0.25
 """Fraction of a regression's memory for rows that are kept; the rest is for sums."""
 COMPARED_ROWS = 4096
 """Rows that are enough to measure errors on."""
+
+@dataclass(frozen=True, eq=False)
+class RankLimit:
+    """The rank that a kernel must have, in a layer that is replaced by two."""
+
+    rank: int
+    scale: Float[Tensor, "output"]
+    """Scale of the norm behind the layer, or 1."""
+
 
 Block = tuple[Float[Tensor, "group row input"], RegressionTargets]
 """Patches with their targets, by group."""
@@ -130,8 +140,10 @@ class PatchRegression(Regression):
         counts: RowCounts,
         *,
         rectified: bool,
+        limit: RankLimit | None = None,
     ) -> None:
         self._layers = layers
+        self._limit = limit
         self._state = state
         self._place = place
         self._counts = counts
@@ -197,6 +209,10 @@ class PatchRegression(Regression):
 
         descend(len(RIDGES), error_of)
         self._first, self._choice = best_of(tried, errors)
+        if self._limit is not None:
+            limited = self._of_low_rank(self._fit, self._first)
+            errors = self._errors([self._as_cut, limited], rectified=False)
+            self._first, self._choice = best_of([self._as_cut, limited], errors)
         self._renewed = self._fit.without_targets()
 
     def _solve_at_once(self) -> None:
@@ -215,6 +231,20 @@ class PatchRegression(Regression):
             offset = self._place.rounded(self._state, offset)
         return Candidate(ridge, kernel.to(self._state[self._weight].dtype), offset)
 
+    def _of_low_rank(self, sums: LeastSquares, candidate: Candidate) -> Candidate:
+        """Return the nearest candidate of the rank that the kernel must have."""
+        if self._limit is None or candidate.ridge is None:
+            return candidate
+        moments, mean = sums.moments(candidate.ridge)
+        shape, kernel = self._state[self._weight].shape, candidate.kernel[0].double()
+        low_rank = LowRank(kernel, moments[0], shape, self._limit.scale.to(kernel.device))
+        nearest = low_rank.nearest(self._limit.rank)
+        offset = candidate.offset + (kernel - nearest) @ mean[0]
+        if self._place is not None:
+            offset = self._place.rounded(self._state, offset)
+        dtype = candidate.kernel.dtype
+        return Candidate(candidate.ridge, nearest.to(dtype)[None], offset)
+
     def _renew(self, number: int, batch: LayerBatch) -> None:
         for rows, targets in self._rows(number, batch, ~batch.held_out):
             self._add_renewed(rows, targets)
@@ -226,6 +256,7 @@ class PatchRegression(Regression):
     def _solve_again(self) -> None:
         self._renewed.merge_targets()
         second = self._solution(self._renewed, self._first.ridge or RIDGES[-1])
+        second = self._of_low_rank(self._renewed, second)
         candidates = [self._as_cut, self._first, second]
         best, self._choice = best_of(candidates, self._errors(candidates, rectified=True))
         self._write(best)

@@ -1,0 +1,249 @@
+"""Low rank: a convolution replaced by two thinner ones, one after the other.
+
+The kernel `[output, input, height, width]` becomes a matrix of rank r, and the matrix a product of
+two:
+
+- `spatial`, for kernels with a height and a width: rows are (input, height), columns (width,
+  output). A vertical convolution to r channels comes first, then a horizontal one (Jaderberg et
+  al., *Speeding up Convolutional Neural Networks with Low Rank Expansions*, BMVC 2014).
+- `channel`, for all others: rows are (input, height, width), columns outputs. A convolution to r
+  channels comes first, then one of size 1 (Zhang et al., *Accelerating Very Deep Convolutional
+  Networks*, TPAMI 2016).
+
+The two are an `nn.Sequential` of `nn.Conv2d` in the place of the convolution, so the network needs
+no code of secateur.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.fx.node import Node
+
+from secateur.graph.channel_ids import Layer
+from secateur.graph.dependency import DependencyGraph, aliases_of
+from secateur.graph.module_state import owner_of, tensors_of
+
+Form = Literal["spatial", "channel"]
+Ranks = Mapping[str, int]
+"""Name of a convolution -> rank of its kernel, which is the number of channels in between."""
+Matrix = Float[Tensor, "left right"]
+"""A kernel as the matrix whose rank counts."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactorableLayer:
+    """A convolution that can be replaced by two."""
+
+    layer: Layer
+    form: Form
+    first_positions: int
+    """Positions per image of the first of the two; the second has those of the layer."""
+
+    @property
+    def name(self) -> str:
+        """Dotted name of the convolution's module."""
+        return self.layer.name
+
+    def first_values(self, inputs: int) -> int:
+        """Return the number of weights that a channel in between takes in the first of the two."""
+        _, _, height, width = self.layer.shape
+        return inputs * height * (1 if self.form == "spatial" else width)
+
+    def second_values(self, outputs: int) -> int:
+        """Return the number of weights that a channel in between takes in the second of the two."""
+        return outputs * (self.layer.shape[3] if self.form == "spatial" else 1)
+
+    @property
+    def whole_rank(self) -> int:
+        """The largest rank with fewer multiply-accumulates or parameters, plus one."""
+        outputs, inputs, *_ = self.layer.shape
+        weights = math.prod(self.layer.shape)
+        first, second = self.first_values(inputs), self.second_values(outputs)
+        macs = weights * self.layer.positions
+        a_rank = first * self.first_positions + second * self.layer.positions
+        by_cost = max(-(-macs // a_rank), -(-weights // (first + second)))
+        return min(by_cost, first + 1, second + 1)
+
+
+def form_of(shape: Sequence[int]) -> Form:
+    """Return how a kernel of a shape is replaced."""
+    return "spatial" if min(shape[2:]) > 1 else "channel"
+
+
+def factorable_layers(
+    model: nn.Module, dependencies: DependencyGraph, exclude: Sequence[str] = ()
+) -> dict[str, FactorableLayer]:
+    """Return the convolutions that can be replaced by two, by name, in the order of execution.
+
+    These are `nn.Conv2d` without groups that run by a call of the module and share their kernel
+    with nothing else. Those whose name matches a pattern in `exclude` are left out.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    aliases = aliases_of(model)
+    uses: dict[str, list[Layer]] = {}
+    for layer in dependencies.layers:
+        uses.setdefault(layer.weight, []).append(layer)
+    result = {}
+    for weight, layers in uses.items():
+        name, layer = owner_of(weight), layers[0]
+        module = modules.get(name)
+        is_plain = type(module) is nn.Conv2d and module.groups == 1
+        if not is_plain or weight != f"{name}.weight" or len(aliases[weight]) > 1:
+            continue
+        assert isinstance(module, nn.Conv2d)
+        is_called = all(_calling_module(use.node) == name for use in layers)
+        readers = {use.node for use in layers}
+        is_apart = not layer.is_computed and set(layer.kernel_node.users) <= readers
+        is_excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
+        positional = any(use.position_channels for use in layers)
+        if module.padding_mode != "zeros" or is_excluded or positional:
+            continue
+        if is_called and is_apart:
+            result[name] = FactorableLayer(
+                layer, form_of(layer.shape), _first_positions(layer, form_of(layer.shape))
+            )
+    return {name: layer for name, layer in result.items() if layer.whole_rank > 1}
+
+
+def _calling_module(node: Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return stack[-1] if stack else ""
+
+
+def _first_positions(layer: Layer, form: Form) -> int:
+    """Return the positions per image of a vertical convolution, which keeps the input's width."""
+    source = layer.node.args[0]
+    assert isinstance(source, Node)
+    before, after = source.meta["val"].shape, layer.node.meta["val"].shape
+    if form == "channel" or not after[3]:
+        return layer.positions
+    # The input's width, as far as the padding of the width does not matter.
+    return int(layer.positions // after[3] * before[3])
+
+
+def matrix_of(kernel: Float[Tensor, "output input height width"]) -> Matrix:
+    """Return the matrix whose rank counts."""
+    outputs, inputs, height, width = kernel.shape
+    ordered = kernel.permute(1, 2, 3, 0)
+    if form_of(kernel.shape) == "spatial":
+        return ordered.reshape(inputs * height, width * outputs)
+    return ordered.reshape(inputs * height * width, outputs)
+
+
+def kernel_of(matrix: Matrix, shape: Sequence[int]) -> Float[Tensor, "output input height width"]:
+    """Return the kernel of a shape that `matrix_of` makes a matrix of."""
+    outputs, inputs, height, width = shape
+    return matrix.reshape(inputs, height, width, outputs).permute(3, 0, 1, 2)
+
+
+def factorise(
+    kernel: Float[Tensor, "output input height width"], rank: int
+) -> tuple[Float[Tensor, "rank input _ _"], Float[Tensor, "output rank _ _"]]:
+    """Return the two kernels whose product is the nearest of a rank, in the kernel's dtype.
+
+    Both have the same share of the singular values.
+    """
+    outputs, inputs, height, width = kernel.shape
+    left, values, right = torch.linalg.svd(matrix_of(kernel).double(), full_matrices=False)
+    roots = values[:rank].sqrt()
+    first, second = (left[:, :rank] * roots).mT, roots[:, None] * right[:rank]
+    if form_of(kernel.shape) == "spatial":
+        first = first.reshape(rank, inputs, height, 1)
+        second = second.reshape(rank, 1, width, outputs)
+    else:
+        first = first.reshape(rank, inputs, height, width)
+        second = second.reshape(rank, 1, 1, outputs)
+    second = second.permute(3, 0, 1, 2)
+    return first.to(kernel.dtype).contiguous(), second.to(kernel.dtype).contiguous()
+
+
+def product(
+    first: Float[Tensor, "rank input _ _"], second: Float[Tensor, "output rank _ _"]
+) -> Float[Tensor, "output input height width"]:
+    """Return the kernel that two kernels of `factorise` stand for."""
+    return torch.einsum("rihv,orgw->oihgvw", first.double(), second.double()).reshape(
+        len(second), first.shape[1], first.shape[2] * second.shape[2], -1
+    )
+
+
+def replace_by_factors(model: nn.Module, ranks: Ranks) -> None:
+    """Replace convolutions of a network by two each, whose kernels are the nearest of the rank."""
+    for name, rank in ranks.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        factors = _factors(layer, rank)
+        parents = [
+            (parent, child_name)
+            for parent in model.modules()
+            for child_name, child in parent.named_children()
+            if child is layer
+        ]
+        for parent, child_name in parents:
+            setattr(parent, child_name, factors)
+
+
+def _factors(layer: nn.Conv2d, rank: int) -> nn.Sequential:
+    height, width = layer.kernel_size
+    is_spatial = form_of(layer.weight.shape) == "spatial"
+    steps, spread, edge = layer.stride, layer.dilation, layer.padding
+    if isinstance(edge, str):
+        first_edge = second_edge = edge
+    elif is_spatial:
+        first_edge, second_edge = (edge[0], 0), (0, edge[1])
+    else:
+        first_edge, second_edge = edge, (0, 0)
+    if is_spatial:
+        sizes = (height, 1), (1, width)
+        strides, dilations = ((steps[0], 1), (1, steps[1])), ((spread[0], 1), (1, spread[1]))
+    else:
+        sizes, strides, dilations = ((height, width), (1, 1)), (steps, (1, 1)), (spread, (1, 1))
+    first = nn.Conv2d(
+        *(layer.in_channels, rank, sizes[0], strides[0], first_edge, dilations[0]), bias=False
+    )
+    second = nn.Conv2d(
+        *(rank, layer.out_channels, sizes[1], strides[1], second_edge, dilations[1]),
+        bias=layer.bias is not None,
+    )
+    kernels = factorise(layer.weight.detach(), rank)
+    for part, kernel in zip((first, second), kernels, strict=True):
+        part.weight = nn.Parameter(kernel, requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        second.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+    return nn.Sequential(first, second).train(layer.training)
+
+
+def tensors_with_products(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """Return `tensors_of` with each replaced convolution's kernel and bias under their old names.
+
+    `model` is what `replace_by_factors` left. The kernels are products of the two kernels.
+    """
+    tensors = tensors_of(model)
+    for name in ranks:
+        first, second = tensors.pop(f"{name}.0.weight"), tensors.pop(f"{name}.1.weight")
+        tensors[f"{name}.weight"] = product(first, second).to(first.dtype)
+        bias = tensors.pop(f"{name}.1.bias", None)
+        if bias is not None:
+            tensors[f"{name}.bias"] = bias
+    return tensors
+
+
+def write_products(model: nn.Module, ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
+    """Write kernels of these ranks, by their old names, into the two convolutions of each."""
+    with torch.no_grad():
+        for name, rank in ranks.items():
+            factors = model.get_submodule(name)
+            assert isinstance(factors, nn.Sequential)
+            kernels = factorise(tensors[f"{name}.weight"], rank)
+            for part, kernel in zip(factors, kernels, strict=True):
+                part.weight.copy_(kernel)
+            bias = factors[1].bias
+            if bias is not None:
+                bias.copy_(tensors[f"{name}.bias"])
