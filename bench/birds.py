@@ -6,9 +6,9 @@
 edition), `--weights` that of `vgg16_features_fp16.safetensors` and of the head,
 `cub200_2010_classifier_fp16.safetensors`. The base is trained by `secateur train` from these, once
 for each learning rate; the validation images choose one. Then `secateur prune` cuts it, refits it
-and fine-tunes it, once for each seed, all at a time. Run folders are in `runs/birds`, finished ones
-are not made again, and each run adds a line to `results/birds.jsonl`. The table is in
-docs/research/training.md. It takes hours without a GPU.
+and fine-tunes it, once for each seed, all at a time. Each run adds a line to `results/birds.jsonl`
+when it ends. Run folders are in `runs/birds`: finished ones are not made again, and an interrupted
+run resumes from its own. The table is in docs/research/training.md. It takes hours without a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,9 +59,7 @@ def main() -> None:
         base = make_base(arguments.data, arguments.weights)
         known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
         seeds = [seed for seed in range(arguments.seeds) if (TARGET, seed) not in known]
-        run_together(prune_command(arguments.data, base, seed) for seed in seeds)
-        for seed in seeds:
-            append_measurement(RESULTS, measurement_of(WORK / f"pruned-{seed}", base, seed))
+        do_together(partial(prune, arguments.data, base, seed) for seed in seeds)
     PAGE.write_text(
         with_table(PAGE.read_text(), "results/birds.jsonl", table(read_measurements(RESULTS, KEY)))
     )
@@ -74,12 +74,15 @@ def make_base(data: Path, weights: Path) -> Path:
         tensors |= load_file(weights / "cub200_2010_classifier_fp16.safetensors")
         save_file({name: tensor.float() for name, tensor in tensors.items()}, start)
     folders = {rate: WORK / f"base-{rate}" for rate in LEARNING_RATES}
-    run_together(
-        [
-            *("train", "-m", NETWORK, "-w", str(start), "-d", f"cub:{data}", *PREPROCESSING),
-            *("--epochs", str(EPOCHS), "--learning-rate", str(rate), "-o", str(folder)),
-            *("--set", "train.batch_size=32", "--set", "train.crop=random_crop"),
-        ]
+    do_together(
+        partial(
+            run_secateur,
+            [
+                *("train", "-m", NETWORK, "-w", str(start), "-d", f"cub:{data}", *PREPROCESSING),
+                *("--epochs", str(EPOCHS), "--learning-rate", str(rate), "-o", str(folder)),
+                *("--set", "train.batch_size=32", "--set", "train.crop=random_crop", "--resume"),
+            ],
+        )
         for rate, folder in folders.items()
         if not (folder / "training.json").is_file()
     )
@@ -91,22 +94,34 @@ def make_base(data: Path, weights: Path) -> Path:
     return max(folders.values(), key=validation)
 
 
-def prune_command(data: Path, base: Path, seed: int) -> list[str]:
-    """Return the arguments of `secateur prune` for a seed."""
-    return [
-        *("prune", "-m", NETWORK, "-w", str(base / "model.safetensors"), "-d", f"cub:{data}"),
-        *(*PREPROCESSING, "-t", TARGET, "--seed", str(seed), "-o", str(WORK / f"pruned-{seed}")),
-        *("--epochs", str(EPOCHS), "--learning-rate", str(FINETUNED_LEARNING_RATE)),
-        *("--set", "finetune.batch_size=32", "--set", "finetune.crop=random_crop"),
-        *("--set", f"data.calibration_images={CALIBRATION_IMAGES}", "--set", "report.images=0"),
-    ]
+def prune(data: Path, base: Path, seed: int) -> None:
+    """Prune and fine-tune the base with a seed, and record what that gave."""
+    folder = WORK / f"pruned-{seed}"
+    run_secateur(
+        [
+            *("prune", "-m", NETWORK, "-w", str(base / "model.safetensors"), "-d", f"cub:{data}"),
+            *(*PREPROCESSING, "-t", TARGET, "--seed", str(seed), "-o", str(folder), "--resume"),
+            *("--epochs", str(EPOCHS), "--learning-rate", str(FINETUNED_LEARNING_RATE)),
+            *("--set", "finetune.batch_size=32", "--set", "finetune.crop=random_crop"),
+            *("--set", f"data.calibration_images={CALIBRATION_IMAGES}"),
+            *("--set", "report.images=0"),
+        ]
+    )
+    append_measurement(RESULTS, measurement_of(folder, base, seed))
 
 
-def run_together(calls: Iterable[Sequence[str]]) -> None:
-    """Run secateur with each list of arguments, all at a time; stop if one fails."""
-    processes = [subprocess.Popen([sys.executable, "-m", "secateur", *call]) for call in calls]
-    exit_codes = [process.wait() for process in processes]
-    if any(exit_codes):
+def do_together(actions: Iterable[Callable[[], None]]) -> None:
+    """Do everything at a time; when all have ended, raise what one of them raised, if any."""
+    waiting = list(actions)
+    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+        futures = [pool.submit(action) for action in waiting]
+    for future in futures:
+        future.result()
+
+
+def run_secateur(arguments: Sequence[str]) -> None:
+    """Run secateur in a process of its own; raises `SystemExit` if it failed."""
+    if subprocess.run([sys.executable, "-m", "secateur", *arguments]).returncode:
         raise SystemExit("a run failed: its message is above")
 
 

@@ -117,9 +117,12 @@ def record(measure: Callable[[Note], None], out: Path, *packages: str) -> None:
 
 
 def revision() -> str:
-    """Return the short hash of the current commit; empty outside a repository."""
+    """Return the short hash of the current commit; empty outside a repository or without git."""
     command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def surroundings(*packages: str) -> dict[str, Any]:
