@@ -353,15 +353,12 @@ def _labelled_batches(images: Iterable[ImagesInMemory], batch_size: int) -> Iter
 
 
 def _summary(result: PruneResult) -> str:
-    groups = result.result.groups
-    removed, filters = sum(len(g.removed) for g in groups), sum(g.filters for g in groups)
     config = result.result.config
     name = config.model.name.partition(":")[2]
     criterion = config.score.criterion.removeprefix(f"{zoo.IN_MEMORY}:")
     unit = "" if result.has_labels else " (no labels: agreement alone is known)"
     return (
-        f"{name} pruned to {config.plan.target} by {criterion}: {removed} of "
-        f"{filters} prunable filters removed{unit}"
+        f"{name} pruned to {config.plan.target} by {criterion}: {result.result.removed_text}{unit}"
     )
 
 

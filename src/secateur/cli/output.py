@@ -102,9 +102,7 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
             f"{'' if trial.kept else ', too little'}",
             highlight=False,
         )
-    removed = sum(len(group.removed) for group in result.groups)
-    filters = sum(group.filters for group in result.groups)
-    out().print(f"{removed} of {filters} prunable filters removed", highlight=False)
+    out().print(result.removed_text, highlight=False)
     show_unreadable(result.unreadable)
     show_notes(result.notices)
     summary = f"{verdict(result)}; {duration_text(seconds)} in all"

@@ -218,13 +218,21 @@ class ScoreSection(Section):
     each layer on at most 32 images."""
 
 
+def _split_names(value: object) -> object:
+    """Return names as a list that may come as `a,b`, alone or in a list."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    return [part.strip() for name in names for part in name.split(",")]
+
+
 class PlanSection(Section):
     """How much is removed, and where."""
 
     target: Annotated[str, BeforeValidator(lambda target: str(parse_budget(target)))] = "macs=0.5"
     """Budget of the pruned network, as a fraction of the original: macs=F, params=F, filters=F,
     memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
-    actions: tuple[Action, ...] = ("channels",)
+    actions: Annotated[tuple[Action, ...], BeforeValidator(_split_names)] = ("channels",)
     """What makes the network smaller: `channels` removes filters, `rank` replaces convolutions by
     two thinner ones each. With both, each layer gets what costs least."""
     allocation: AllocationRule = "sensitivity"

@@ -191,33 +191,31 @@ def replace_by_factors(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _factors(layer: nn.Conv2d, rank: int) -> nn.Sequential:
-    height, width = layer.kernel_size
-    is_spatial = form_of(layer.weight.shape) == "spatial"
-    steps, spread, edge = layer.stride, layer.dilation, layer.padding
-    if isinstance(edge, str):
-        first_edge = second_edge = edge
-    elif is_spatial:
-        first_edge, second_edge = (edge[0], 0), (0, edge[1])
+    vertical, horizontal = zip(
+        layer.kernel_size, layer.stride, layer.dilation, strict=True
+    )  # size, stride and dilation along each dimension
+    if form_of(layer.weight.shape) == "spatial":
+        parts = [(vertical, (1, 1, 1)), ((1, 1, 1), horizontal)]
     else:
-        first_edge, second_edge = edge, (0, 0)
-    if is_spatial:
-        sizes = (height, 1), (1, width)
-        strides, dilations = ((steps[0], 1), (1, steps[1])), ((spread[0], 1), (1, spread[1]))
-    else:
-        sizes, strides, dilations = ((height, width), (1, 1)), (steps, (1, 1)), (spread, (1, 1))
-    first = nn.Conv2d(
-        *(layer.in_channels, rank, sizes[0], strides[0], first_edge, dilations[0]), bias=False
-    )
-    second = nn.Conv2d(
-        *(rank, layer.out_channels, sizes[1], strides[1], second_edge, dilations[1]),
-        bias=layer.bias is not None,
-    )
+        parts = [(vertical, horizontal), ((1, 1, 1), (1, 1, 1))]
+    channels = [(layer.in_channels, rank), (rank, layer.out_channels)]
     kernels = factorise(layer.weight.detach(), rank)
-    for part, kernel in zip((first, second), kernels, strict=True):
+    factors = []
+    for number, (kernel, dims, (inputs, outputs)) in enumerate(
+        zip(kernels, parts, channels, strict=True)
+    ):
+        size, stride, dilation = ((dims[0][i], dims[1][i]) for i in range(3))
+        padding: str | tuple[int, int] = layer.padding
+        if not isinstance(padding, str):
+            padding = tuple(p if n > 1 else 0 for p, n in zip(padding, size, strict=True))
+        has_bias = number == 1 and layer.bias is not None
+        part = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=has_bias)
         part.weight = nn.Parameter(kernel, requires_grad=layer.weight.requires_grad)
+        factors.append(part)
     if layer.bias is not None:
-        second.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
-    return nn.Sequential(first, second).train(layer.training)
+        bias = layer.bias.detach().clone()
+        factors[1].bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    return nn.Sequential(*factors).train(layer.training)
 
 
 def tensors_with_products(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
@@ -239,11 +237,15 @@ def write_products(model: nn.Module, ranks: Ranks, tensors: Mapping[str, Tensor]
     """Write kernels of these ranks, by their old names, into the two convolutions of each."""
     with torch.no_grad():
         for name, rank in ranks.items():
-            factors = model.get_submodule(name)
-            assert isinstance(factors, nn.Sequential)
+            parts = tensors_of(model.get_submodule(name))
             kernels = factorise(tensors[f"{name}.weight"], rank)
-            for part, kernel in zip(factors, kernels, strict=True):
-                part.weight.copy_(kernel)
-            bias = factors[1].bias
-            if bias is not None:
-                bias.copy_(tensors[f"{name}.bias"])
+            for number, kernel in enumerate(kernels):
+                parts[f"{number}.weight"].copy_(kernel)
+            if "1.bias" in parts:
+                parts["1.bias"].copy_(tensors[f"{name}.bias"])
+
+
+def shapes_of_factors(model: nn.Module, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the two kernels in the place of a convolution."""
+    first, second = (model.get_parameter(f"{name}.{part}.weight").shape for part in (0, 1))
+    return tuple(first), tuple(second)

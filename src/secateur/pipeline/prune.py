@@ -10,12 +10,19 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.graph.factorisation import form_of, shapes_of_factors
 from secateur.graph.module_state import device_of
 from secateur.pipeline import stages
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.inputs import describe_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
-from secateur.pipeline.result import FrozenResult, GroupResult, RunResult, merge_rounds
+from secateur.pipeline.result import (
+    FrozenResult,
+    GroupResult,
+    RunResult,
+    SplitResult,
+    merge_rounds,
+)
 from secateur.pipeline.rounds import Round, begin_round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline
@@ -147,6 +154,15 @@ def _collect(
                 scores=tuple(this.plan_inputs.scores.scores[name].tolist()),
             )
             for name, group in dependencies.groups.items()
+        ),
+        splits=tuple(
+            SplitResult(
+                name=name,
+                form=form_of(this.context.dependencies.shapes[f"{name}.weight"]),
+                rank=rank,
+                sizes=shapes_of_factors(cut.network, name),
+            )
+            for name, rank in plan.ranks.items()
         ),
         frozen=tuple(
             FrozenResult(name=group.name, filters=group.size, reason=group.reason)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from secateur.config import ReportSection, RunConfig, Section
+from secateur.graph.factorisation import Form
 from secateur.models.published import transform_notice
 from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
@@ -72,6 +73,17 @@ class FrozenResult(Record):
     reason: str
 
 
+class SplitResult(Record):
+    """A convolution that became two, one after the other."""
+
+    name: str
+    form: Form
+    rank: int
+    """Channels between the two."""
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]
+    """Shapes of the two kernels: output, input, height, width."""
+
+
 KeptWeights = Literal["last", "best", "start"]
 
 
@@ -118,6 +130,8 @@ class RunResult(Record):
     channels masked, on one batch of calibration images."""
     stages: tuple[StageResult, ...]
     groups: tuple[GroupResult, ...]
+    splits: tuple[SplitResult, ...] = ()
+    """The convolutions that became two, with the action `rank`."""
     frozen: tuple[FrozenResult, ...]
     size_trials: tuple[SizeTrial, ...] = ()
     """The sizes that were tried, if `plan.max_drop` asked for the smallest network."""
@@ -138,6 +152,15 @@ class RunResult(Record):
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
+
+    @property
+    def removed_text(self) -> str:
+        """How many filters went, and how many convolutions were split."""
+        removed = sum(len(group.removed) for group in self.groups)
+        text = (
+            f"{removed} of {sum(group.filters for group in self.groups)} prunable filters removed"
+        )
+        return f"{text}, {len(self.splits)} convolutions split in two" if self.splits else text
 
     @property
     def concept_sources(self) -> str:

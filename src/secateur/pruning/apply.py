@@ -61,4 +61,6 @@ def _check_ranks(smaller: nn.Module, plan: PruningPlan) -> None:
             raise RunFolderError(f"the plan splits {name!r}, which is not a convolution to split")
         most = min(matrix_of(module.weight.detach()).shape)
         if not isinstance(rank, int) or not 1 <= rank <= most:
-            raise RunFolderError(f"the plan gives {name!r} the rank {rank}, not one from 1 to {most}")
+            raise RunFolderError(
+                f"the plan gives {name!r} the rank {rank}, not one from 1 to {most}"
+            )

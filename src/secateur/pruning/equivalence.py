@@ -132,9 +132,7 @@ def masked_network(
     return masked
 
 
-def _with_part(
-    kernel: Tensor, part: Tensor, kept: Mapping[int, npt.NDArray[np.int64]]
-) -> Tensor:
+def _with_part(kernel: Tensor, part: Tensor, kept: Mapping[int, npt.NDArray[np.int64]]) -> Tensor:
     """Return a kernel with the values of `part` at the indices that are kept."""
     result = kernel.clone()
     index = [torch.arange(size, device=kernel.device) for size in kernel.shape]

@@ -2,8 +2,8 @@
 
 For inputs with second moments G, the error of a kernel W' in place of W is tr S(W' - W) G (W' -
 W)ᵀS, with the scale S of what follows. In the `channel` form the best kernel of rank r projects the
-outputs onto their r largest principal components. In the `spatial` form there is no closed form: the
-vertical kernels are singular vectors of the kernel, whitened by the moments of a column of inputs,
+outputs onto their r largest principal components. In the `spatial` form there is no closed form:
+the vertical kernels are singular vectors of the kernel, whitened by the moments of a column of inputs,
 and the horizontal kernels are the regression of the outputs on what the vertical ones give.
 """
 
@@ -83,9 +83,10 @@ class LowRank:
             place = min(max(1, bisect.bisect_left(ranks, rank)), len(ranks) - 1)
             if len(ranks) == 1:
                 return math.exp(logarithms[0])
-            (left, right), (low, high) = ranks[place - 1 : place + 1], logarithms[
-                place - 1 : place + 1
-            ]
+            (left, right), (low, high) = (
+                ranks[place - 1 : place + 1],
+                logarithms[place - 1 : place + 1],
+            )
             return math.exp(low + (high - low) * (rank - left) / (right - left))
 
         nothing = float(((self._kernel @ self._moments) * self._kernel).sum(1) @ self._scale**2)
@@ -95,7 +96,8 @@ class LowRank:
     def _components(self) -> Float[Tensor, "output output"]:
         """Principal components of the scaled outputs, the largest last."""
         scaled = self._scale[:, None] * self._kernel
-        return torch.linalg.eigh(scaled @ self._moments @ scaled.mT)[1]
+        vectors: Tensor = torch.linalg.eigh(scaled @ self._moments @ scaled.mT)[1]
+        return vectors
 
     @functools.cached_property
     def _vertical(self) -> Float[Tensor, "column rank"]:
@@ -108,7 +110,7 @@ class LowRank:
         scaled = self._scale[:, None] * self._kernel
         matrix = scaled.reshape(outputs, height, width, inputs).permute(1, 3, 2, 0)
         whitened = (vectors * roots) @ vectors.mT @ matrix.reshape(height * inputs, -1)
-        left = torch.linalg.svd(whitened, full_matrices=False)[0]
+        left: Tensor = torch.linalg.svd(whitened, full_matrices=False)[0]
         return (vectors / roots) @ (vectors.mT @ left)
 
     @functools.cached_property

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,10 @@ from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 SCHEMA_VERSION = 3
 VERSION_WITHOUT_RANKS = 2
 """Version that a plan without ranks is written in, so that older versions can read it."""
+RANK_FLOOR = 2 / 3
+"""Least rank of a kernel, over the rank that the target leaves of every kernel in equal shares.
+What a kernel does for the original network says little of what it can do after the cut: in the
+refit it also corrects the errors of the layers before it."""
 RANK_OF = "rank of "
 """Prefix of a convolution's rank among the counts that an allocation chooses."""
 
@@ -244,18 +248,32 @@ def make_space(
             pressure and (lambda counts: pressure(ranking.removed(counts))),
         )
     saved = FactoredCost(dependencies, ranks.layers, target.quantity)
-    steps |= {
-        RANK_OF + name: [*range(round_to, layer.whole_rank, round_to), layer.whole_rank]
-        for name, layer in ranks.layers.items()
-    }
+
+    def rank_steps(floor: float) -> dict[str, Sequence[int]]:
+        return {
+            RANK_OF + name: [
+                *(
+                    n
+                    for n in range(round_to, layer.whole_rank, round_to)
+                    if n >= floor * layer.whole_rank
+                ),
+                layer.whole_rank,
+            ]
+            for name, layer in ranks.layers.items()
+        }
 
     def with_ranks(counts: Counts) -> float:
         removed = ranking.removed(counts)
         return measure(removed) - float(saved.savings(ranks.chosen(counts), removed).sum())
 
-    return SearchSpace(
-        steps, with_ranks, limit, jumping=frozenset(RANK_OF + name for name in ranks.layers)
+    jumping = frozenset(RANK_OF + name for name in ranks.layers)
+    space = SearchSpace(
+        {**steps, **rank_steps(RANK_FLOOR * target.fraction_left)},
+        with_ranks,
+        limit,
+        jumping=jumping,
     )
+    return space if space.fits(space.least) else replace(space, steps={**steps, **rank_steps(0)})
 
 
 def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budget) -> None:

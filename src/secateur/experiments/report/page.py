@@ -49,6 +49,7 @@ def write_report(
         rows=score_rows(result),
         tradeoff=tradeoff(result, beside),
         layers=layer_rows(result, gallery),
+        splits=result.splits,
         concept_map=None if gallery is None else concept_map(gallery),
         gallery=gallery,
         own_regions=any(name in result.concept_sources for name in COMPUTED_SOURCES),

@@ -47,6 +47,7 @@ ROWS_SHARE = 0.25
 COMPARED_ROWS = 4096
 """Rows that are enough to measure errors on."""
 
+
 @dataclass(frozen=True, eq=False)
 class RankLimit:
     """The rank that a kernel must have, in a layer that is replaced by two."""
