@@ -20,7 +20,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -83,8 +83,8 @@ def factorable_layers(
 ) -> dict[str, FactorableLayer]:
     """Return the convolutions that can be replaced by two, by name, in the order of execution.
 
-    These are `nn.Conv2d` without groups that run by a call of the module and share their kernel
-    with nothing else. Those whose name matches a pattern in `exclude` are left out.
+    These are `nn.Conv2d` without groups that run once, by a call of the module, and share their
+    kernel with nothing else. Those whose name matches a pattern in `exclude` are left out.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     aliases = aliases_of(model)
@@ -99,17 +99,14 @@ def factorable_layers(
         if not is_plain or weight != f"{name}.weight" or len(aliases[weight]) > 1:
             continue
         assert isinstance(module, nn.Conv2d)
-        is_called = all(_calling_module(use.node) == name for use in layers)
-        readers = {use.node for use in layers}
-        is_apart = not layer.is_computed and set(layer.kernel_node.users) <= readers
+        is_called = len(layers) == 1 and _calling_module(layer.node) == name
+        is_apart = not layer.is_computed and list(layer.kernel_node.users) == [layer.node]
         is_excluded = any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude)
-        positional = any(use.position_channels for use in layers)
-        if module.padding_mode != "zeros" or is_excluded or positional:
+        if module.padding_mode != "zeros" or layer.position_channels or is_excluded:
             continue
         if is_called and is_apart:
-            result[name] = FactorableLayer(
-                layer, form_of(layer.shape), _first_positions(layer, form_of(layer.shape))
-            )
+            form = form_of(layer.shape)
+            result[name] = FactorableLayer(layer, form, _first_positions(layer, form))
     return {name: layer for name, layer in result.items() if layer.whole_rank > 1}
 
 
@@ -205,11 +202,12 @@ def _factors(layer: nn.Conv2d, rank: int) -> nn.Sequential:
         zip(kernels, parts, channels, strict=True)
     ):
         size, stride, dilation = ((dims[0][i], dims[1][i]) for i in range(3))
-        padding: str | tuple[int, int] = layer.padding
+        padding: str | tuple[int, ...] = layer.padding
         if not isinstance(padding, str):
             padding = tuple(p if n > 1 else 0 for p, n in zip(padding, size, strict=True))
         has_bias = number == 1 and layer.bias is not None
-        part = nn.Conv2d(inputs, outputs, size, stride, padding, dilation, bias=has_bias)
+        arguments: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        part = nn.Conv2d(inputs, outputs, size, bias=has_bias, **arguments)
         part.weight = nn.Parameter(kernel, requires_grad=layer.weight.requires_grad)
         factors.append(part)
     if layer.bias is not None:

@@ -3,8 +3,8 @@
 For inputs with second moments G, the error of a kernel W' in place of W is tr S(W' - W) G (W' -
 W)ᵀS, with the scale S of what follows. In the `channel` form the best kernel of rank r projects the
 outputs onto their r largest principal components. In the `spatial` form there is no closed form:
-the vertical kernels are singular vectors of the kernel, whitened by the moments of a column of inputs,
-and the horizontal kernels are the regression of the outputs on what the vertical ones give.
+the vertical kernels are singular vectors of the kernel, whitened by the moments of a column of
+inputs, and the horizontal kernels are the regression of the outputs on what the vertical ones give.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class LowRank:
         matrix = scaled.reshape(outputs, height, width, inputs).permute(1, 3, 2, 0)
         whitened = (vectors * roots) @ vectors.mT @ matrix.reshape(height * inputs, -1)
         left: Tensor = torch.linalg.svd(whitened, full_matrices=False)[0]
-        return (vectors / roots) @ (vectors.mT @ left)
+        vertical: Tensor = (vectors / roots) @ (vectors.mT @ left)
+        return vertical
 
     @functools.cached_property
     def _all_products(self) -> Float[Tensor, "width rank width rank"]:

@@ -128,20 +128,7 @@ def make_plan_inputs(
         latency = distributed.on_main_process(
             lambda: measure_latency(model, dependencies, images.example)
         )
-    ranks: RankChoice | None = None
-    if "rank" in settings.actions:
-        layers = factorable_layers(model, dependencies, settings.exclude)
-        rank_sensitivity = measure_rank_sensitivity(
-            state,
-            dependencies,
-            layers,
-            images.sample(),
-            most_images=settings.sensitivity_images,
-            task=images.task,
-            memory_bytes=images.memory_bytes,
-            progress=progress,
-        )
-        ranks = RankChoice(layers, rank_sensitivity)
+    ranks = _rank_choice(model, dependencies, images, settings, progress)
     inputs = {}
     for name, criterion in criteria.items():
         own_moments = criterion if isinstance(criterion, Reconstruction) else moments
@@ -169,3 +156,27 @@ def make_plan_inputs(
             dependencies, scores[name], settings, allocation, own_ties, latency
         )
     return inputs
+
+
+def _rank_choice(
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    images: CalibrationImages,
+    settings: PlanSection,
+    progress: ProgressCallback,
+) -> RankChoice | None:
+    """Return the convolutions that may become two; None if `rank` is not among the actions."""
+    if "rank" not in settings.actions:
+        return None
+    layers = factorable_layers(model, dependencies, settings.exclude)
+    sensitivity = measure_rank_sensitivity(
+        tensors_of(model),
+        dependencies,
+        layers,
+        images.sample(),
+        most_images=settings.sensitivity_images,
+        task=images.task,
+        memory_bytes=images.memory_bytes,
+        progress=progress,
+    )
+    return RankChoice(layers, sensitivity)

@@ -35,6 +35,7 @@ from secateur.pruning.sensitivity import (
     FEWEST_IMAGES,
     FEWEST_WITH_OBJECTS,
     MOST_IMAGES,
+    Measurement,
     PlainPass,
     Sensitivity,
     error_gains,
@@ -183,7 +184,7 @@ def _low_rank(
     return LowRank(rows, moments, kernel.shape, scale.to(moments.device))
 
 
-class _RankMeasurement:
+class _RankMeasurement(Measurement):
     """The errors of a layer and of the output, for some ranks."""
 
     def __init__(

@@ -24,10 +24,11 @@ No label is used. The output's error is the divergence of its softened softmax f
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def measure_sensitivity(
     count = partial(image_count, passes=passes, fewest=fewest, most=most_images)
     sample = first_images(batches, count)
     measurements = [
-        _Measurement(
+        _GroupMeasurement(
             group, part, dependencies, moments, ranking.order[group.name], curves[group.name], task
         )
         for group, part in distributed.shard([*zip(ordered, parts, strict=True)])
@@ -118,13 +119,14 @@ def measure_sensitivity(
     return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
 
 
-class Measurement(Protocol):
+class Measurement(abc.ABC):
     """Errors that an edit of the network makes, at its place and at the output."""
 
     part: PartialPass
     errors: Float[Tensor, "snapshot 2"]
     """Errors of the output and at the place, summed over images."""
 
+    @abc.abstractmethod
     def add(self, plain: PlainPass) -> None:
         """Measure the errors on a batch with the snapshot that it takes."""
 
@@ -176,7 +178,7 @@ class PlainPass:
         self.outputs = self.interpreter.copy().finish(after=keep)
 
 
-class _Measurement:
+class _GroupMeasurement(Measurement):
     """The errors at a group's consumers and at the output, for some numbers of removed channels."""
 
     def __init__(

@@ -115,20 +115,17 @@ def refit(
     Raises `DataError` if there is no image.
     """
     dependencies, device = inputs.dependencies, device_of(inputs.smaller)
-    limit_bytes = settings.memory_bytes // 2  # one half for activations, one for sums
-    cache = ActivationCache(limit_bytes, device)
+    cache = ActivationCache(settings.memory_bytes // 2, device)
     whole_batches = rebatch(batches)
     kept = KeptChannels(dependencies, inputs.removed)
     names = dependencies.graph.tensor_names.values()
-    tensors = tensors_with_products(inputs.smaller, inputs.ranks)
-    norms = dependencies.weight_norms
+    tensors, norms = tensors_with_products(inputs.smaller, inputs.ranks), dependencies.weight_norms
     state = with_kernels(norms, {name: tensors[name].clone() for name in names})
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
     importance = make_importance(kept, full_state, task, settings, seed)
     uses = _uses_by_kernel(dependencies)
-    changed = _kernels_that_lost_inputs(dependencies, inputs.removed, uses)
-    changed |= {f"{name}.weight" for name in inputs.ranks}
+    changed = _changed_kernels(inputs, uses)
     first = next((layers[0].node for weight, layers in uses.items() if weight in changed), None)
     with torch.inference_mode(), cache:
         count = 0
@@ -157,7 +154,7 @@ def refit(
             state=state,
             settings=settings,
             cache=cache,
-            limit_bytes=limit_bytes,
+            limit_bytes=settings.memory_bytes // 2,
             images=count,
             sums_device=sums_device(device),
             generator=torch.Generator().manual_seed(seed),
@@ -189,15 +186,15 @@ def _uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
     return uses
 
 
-def _kernels_that_lost_inputs(
-    dependencies: DependencyGraph, removed: Removed, uses: dict[str, list[Layer]]
-) -> frozenset[str]:
-    kept = dependencies.kept_indices(removed)
-    return frozenset(
+def _changed_kernels(inputs: RefitInputs, uses: dict[str, list[Layer]]) -> frozenset[str]:
+    """Return the kernels that lost inputs, or have a lower rank now."""
+    kept = inputs.dependencies.kept_indices(inputs.removed)
+    lost_inputs = (
         weight
         for weight, layers in uses.items()
         if 1 - layers[0].filter_dim in kept.get(weight, {})
     )
+    return frozenset([*lost_inputs, *(f"{name}.weight" for name in inputs.ranks)])
 
 
 @dataclass(frozen=True, eq=False)
