@@ -33,6 +33,8 @@ from secateur.pipeline.scoring_context import (
     ScoringContext,
     make_scoring_context,
 )
+from secateur.pipeline.synthetic_data import STAGE as SYNTHETIC_STAGE
+from secateur.pipeline.synthetic_data import is_synthetic
 from secateur.pipeline.work import Regression, Work
 from secateur.pruning.cost.latency_profiler import (
     INTERLEAVED_ROUNDS,
@@ -63,6 +65,7 @@ from secateur.scoring.criteria.reconstruction import (
     elimination_bytes,
     moments_bytes,
 )
+from secateur.training.synthetic_images import STEPS
 
 REPORT_STAGE = "report"
 GALLERY_PASSES = 8
@@ -184,7 +187,11 @@ def show_plan(
     # All processes take part in an estimate, of which the main one alone prints.
     if distributed.any_process(run_context.lines.is_shown):
         expected = estimate(model, dataset, config, run_context)
-        ahead = {t: s for t, s in expected.seconds.items() if is_ahead(t)}
+        ahead = {
+            title: seconds
+            for title, seconds in expected.seconds.items()
+            if is_ahead(title) and title != SYNTHETIC_STAGE  # those are there by now
+        }
         if run_context.lines.is_shown:
             run_context.lines.plan(ahead, expected.memory_bytes)
 
@@ -234,6 +241,9 @@ class _Run:
         score_cut = Work(passes=self._test * self._cut, reads=self._test)
         before = Work(passes=self._test, reads=self._test)
         stages = {stage_title("before", 1): _Stage(before, timings=((LATENCY_ROUNDS, 1.0),))}
+        if is_synthetic(config):
+            passes = STEPS * GRADIENT_PASSES * config.data.synthetic_images
+            stages = {SYNTHETIC_STAGE: _Stage(Work(passes=passes)), **stages}
         for number in range(1, config.plan.rounds + 1):
             cut = self._cut_stage()
             stages[stage_title("cut", number)] = _Stage(
