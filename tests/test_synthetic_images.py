@@ -11,16 +11,26 @@ from torch import nn
 import secateur
 from networks import Chain, randomise_norms
 from runs import small_config
+from secateur.config import RunConfig, from_dict
+from secateur.data import LabelKind, NormalisedImages, split_calibration
+from secateur.data.batch_reader import BatchReader
 from secateur.data.preprocessing import Preprocessing
 from secateur.experiments.evaluate import evaluate_run
 from secateur.experiments.run import run
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.synthetic_data import STAGE
+from secateur.pipeline.synthetic_data import STAGE, extend, extended_by
 from secateur.runtime.errors import UsageError
-from secateur.training import synthetic_images
-from secateur.training.synthetic_images import start_images, statistics_error, synthesise
+from secateur.training.synthetic_images import (
+    Descent,
+    black_and_white,
+    copies,
+    start_images,
+    statistics_error,
+    synthesise,
+)
 
 SHAPE = (3, 8, 8)
+FEW = Descent(steps=30, learning_rate=0.1)
 
 
 @pytest.fixture
@@ -39,12 +49,13 @@ def model(generator: torch.Generator) -> Chain:
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic_images, "STEPS", 30)
+    monkeypatch.setattr("secateur.pipeline.synthetic_data.FROM_NOISE", FEW)
+    monkeypatch.setattr("secateur.pipeline.synthetic_data.FROM_COPIES", FEW)
 
 
-def test_images_approach_the_statistics_of_the_batch_norms(model: Chain, few_steps: None) -> None:
+def test_images_approach_the_statistics_of_the_batch_norms(model: Chain) -> None:
     start = start_images(32, SHAPE, seed=0)
-    images = synthesise(model, start)
+    images = synthesise(model, start, FEW)
     model.eval()
     with torch.no_grad():
         before, after = (float(statistics_error(model, pixels)) for pixels in (start, images))
@@ -61,27 +72,29 @@ def test_error_of_statistics_is_that_of_the_formula() -> None:
     assert float(statistics_error(norm.eval(), images)) == pytest.approx(expected)
 
 
-def test_the_network_stays_as_it_is(model: Chain, few_steps: None) -> None:
+def test_the_network_stays_as_it_is(model: Chain) -> None:
     model.bn1.eval()
     modes = [module.training for module in model.modules()]
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    synthesise(model, start_images(16, SHAPE, seed=0))
+    synthesise(model, start_images(16, SHAPE, seed=0), FEW)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_images_depend_on_the_seed_alone(model: Chain, few_steps: None) -> None:
+def test_images_depend_on_the_seed_alone(model: Chain) -> None:
     first, again, other = (
-        synthesise(model, start_images(16, SHAPE, seed=seed)) for seed in (0, 0, 1)
+        synthesise(model, start_images(16, SHAPE, seed=seed), FEW) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_pixels_stay_between_black_and_white(model: Chain, few_steps: None) -> None:
+def test_pixels_stay_between_black_and_white(model: Chain) -> None:
     normalise = Preprocessing(8, 8, (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)).normalise
-    images = synthesise(model, start_images(16, SHAPE, normalise, seed=0), normalise)
+    images = synthesise(
+        model, start_images(16, SHAPE, normalise, seed=0), FEW, black_and_white(normalise)
+    )
     for channel, limit in enumerate((2.0, 1.0, 0.5)):
         assert images[:, channel].abs().max() <= limit
     assert images[:, 2].abs().max() == 0.5
@@ -108,7 +121,7 @@ def test_grey_pictures_of_a_network_with_one_channel() -> None:
 def test_networks_without_batch_norms_are_named_as_the_cause() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     with pytest.raises(UsageError, match="only from the statistics of batch norms"):
-        synthesise(network, start_images(16, SHAPE, seed=0))
+        synthesise(network, start_images(16, SHAPE, seed=0), FEW)
 
 
 def test_prune_without_images(model: Chain, few_steps: None) -> None:
@@ -150,7 +163,7 @@ def test_test_images_without_any_others_are_scored_by_their_labels(
 def test_the_command_line_needs_no_images(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synthetic_images, "STEPS", 2)
+    monkeypatch.setattr("secateur.pipeline.synthetic_data.FROM_NOISE", Descent(2, 0.1))
     data = {"source": "synthetic", "synthetic_images": 20}
     config = small_config(model_file, data=data, report={"images": 8})
     result = run(config, tmp_path / "run")
@@ -176,3 +189,71 @@ def test_an_estimate_synthesises_nothing(model: Chain, monkeypatch: pytest.Monke
     monkeypatch.setattr("secateur.pipeline.synthetic_data.synthesise", fail)
     expected = secateur.estimate(model, None, input_shape=SHAPE)
     assert expected.seconds[STAGE] > 0
+
+
+def test_copies_are_shifted_and_mirrored() -> None:
+    images = torch.rand(2, 3, 16, 16)
+    sources = torch.tensor([1, 1, 0, 1] * 10)
+    moved = copies(images, sources, flip=False, seed=0)
+    assert moved.shape == (40, 3, 16, 16)
+    middle = images[:, :, 4:12, 4:12]  # shifts are at most two pixels
+    for copied, source in zip(moved, sources.tolist(), strict=True):
+        windows = copied.unfold(1, 8, 1).unfold(2, 8, 1)  # [channel, top, left, 8, 8]
+        parts = windows.permute(1, 2, 0, 3, 4).reshape(-1, 3, 8, 8)
+        assert bool((parts == middle[source]).flatten(1).all(1).any())
+    mirrored = copies(images, sources, flip=True, seed=0)
+    same = (mirrored == moved).flatten(1).all(1)
+    assert torch.equal(mirrored[~same], moved[~same].flip(3))
+    assert 10 < int(same.sum()) < 30
+
+
+def test_few_images_are_extended(model: Chain, few_steps: None) -> None:
+    model.eval()
+    images = start_images(40, SHAPE, seed=3)
+    settings = {"data.synthetic_images": 30}
+    extended = secateur.prune(model, images, test=images, settings=settings)
+    (note,) = (note for note in extended.result.notes if "synthesised" in note)
+    assert note.startswith("36 calibration images are few: 30 more were synthesised")
+    alone = secateur.prune(model, images, test=images, settings={"data.synthetic_images": 0})
+    assert not any("synthesised" in note for note in alone.result.notes)
+    expected = secateur.estimate(model, images, test=images, settings=settings)
+    assert expected.seconds[STAGE] > 0
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "side", "asked", "added"),
+    [
+        (32, "none", 8, None, 224),
+        (127, "classes", 64, None, 129),
+        (128, "none", 8, None, 0),
+        (32, "none", 65, None, 0),
+        (32, "none", 65, 100, 100),
+        (1000, "none", 8, 100, 100),
+        (32, "masks", 8, 100, 0),
+        (32, "none", 8, 0, 0),
+    ],
+)
+def test_how_many_are_added(
+    model: Chain, count: int, kind: LabelKind, side: int, asked: int | None, added: int
+) -> None:
+    images = torch.zeros(count, 3, side, side)
+    calibration = NormalisedImages(images, torch.zeros(count, dtype=torch.int64))
+    data = {"source": "images:photos", "synthetic_images": asked}
+    config = from_dict({"model": {"name": "resnet20"}, "data": data}, RunConfig)
+    assert extended_by(calibration, kind, model, config, images) == added
+    no_norms = nn.Conv2d(3, 4, 3)
+    assert extended_by(calibration, kind, no_norms, config, images) == 0
+
+
+def test_labels_and_held_out_images_go_with_their_copies(model: Chain, few_steps: None) -> None:
+    images, labels = start_images(10, SHAPE, seed=3), torch.arange(10)
+    config = small_config(Path("own.py"))
+    reader = BatchReader(Preprocessing(8, 8), batch_size=4)
+    run_context = RunContext()
+    calibration = NormalisedImages(images, labels)
+    extended = extend(calibration, 30, model, config, reader, run_context)
+    assert torch.equal(extended.read(labels, reader.preprocessing), images)
+    assert torch.equal(extended.labels[:10], labels)
+    fit, held_out = split_calibration(extended)
+    assert set(held_out.labels.tolist()) == {4, 9}
+    assert set(fit.labels.tolist()) == set(range(10)) - {4, 9}

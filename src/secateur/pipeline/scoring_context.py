@@ -26,6 +26,7 @@ from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.synthetic_data import describe_extension, extend, extended_by
 from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
@@ -203,9 +204,16 @@ def make_baseline(
     context = make_scoring_context(
         model, dataset, config, run_context, criterion_names=names, original=original
     )
+    calibration, source_network = context.calibration, original or model
+    added = extended_by(calibration, dataset.kind, source_network, config, context.example)
+    if added:
+        extended = extend(calibration, added, source_network, config, context.reader, run_context)
+        context = replace(context, calibration=extended)
     seconds = time.perf_counter() - since
     predictions: Predictions | None = None
     notes = (*dataset.notes, *context.task.notes)
+    if added:
+        notes = (*notes, describe_extension(len(calibration.labels), added))
     if score is None:
         doubts: list[str] = []
 

@@ -9,27 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from secateur.data.augmentation import Augmentation
 from secateur.graph.module_state import device_of, evaluating
 from secateur.models.examine import run_network
 from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.runtime.torch_internals import BatchNorm
 
-STEPS = 100
-"""Steps of Adam on each batch of images."""
-LEARNING_RATE = 0.1
-"""Of Adam at the first step, in standard deviations of the pixels; it falls to 0 as a cosine."""
 MEAN, DEVIATION = 0.45, 0.25
 """Of the values from 0 to 1 in photographs."""
 GREY = 3.0
 """Deviation of the grey in the noise, over that of each colour by itself."""
 MOST_IMAGES, FEWEST_IMAGES, BATCH_POSITIONS = 128, 16, 2**21
 """Images of a batch: at most, at least, and how many pixels they have together."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How pixels are changed, by Adam."""
+
+    steps: int
+    """On each batch of images."""
+    learning_rate: float
+    """At the first step, in standard deviations of the pixels; it falls to 0 as a cosine."""
+
+
+FROM_NOISE = Descent(steps=100, learning_rate=0.1)
+FROM_COPIES = Descent(steps=50, learning_rate=0.05)
+"""Of real images, which are less far from the statistics."""
 
 
 def start_images(
@@ -51,29 +64,48 @@ def start_images(
     return normalise(_as_pictures(noise))
 
 
+def copies(
+    images: Float[Tensor, "image channel height width"],
+    sources: Int[Tensor, "copy"],
+    *,
+    flip: bool,
+    seed: int,
+) -> Float[Tensor, "copy channel height width"]:
+    """Return randomly shifted copies of the images at `sources`, half of them mirrored if `flip`.
+
+    Shifts are as in training; see `Augmentation`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    augmentation = Augmentation("random_crop", flip)
+    height, width = images.shape[2:]
+    return augmentation.draw(len(sources), (height, width), generator).apply(images[sources])
+
+
 def synthesise(
     model: nn.Module,
     start: Float[Tensor, "image channel *position"],
-    normalise: Callable[[Tensor], Tensor] | None = None,
+    descent: Descent,
+    bounds: tuple[Tensor, Tensor] | None = None,
     *,
     progress: ProgressCallback = no_progress,
 ) -> Float[Tensor, "image channel *position"]:
     """Return images for which the inputs of all batch norms have the statistics that these keep.
 
-    They are made of `start` on the network's device, batch by batch; see `start_images` for
-    `normalise`, with which pixels stay between black and white. The network is not changed. Raises
+    They are made of `start` on the network's device, batch by batch. `bounds` are the least and
+    the largest value of each channel, `[channel, 1, …]`. The network is not changed. Raises
     `UsageError` if it has no batch norms that keep statistics.
     """
-    if not _norms(model):
+    if not norms_with_statistics(model):
         raise UsageError(
             "images can be synthesised only from the statistics of batch norms, and the network "
             "keeps none: give images, at least 10, if need be of another source"
         )
     size = BATCH_POSITIONS // max(1, start[0, 0].numel())
     batches = start.split(min(MOST_IMAGES, max(FEWEST_IMAGES, size)))
-    steps = iter(progress(range(len(batches) * STEPS), "synthesising images", len(batches) * STEPS))
+    total = len(batches) * descent.steps
+    steps = iter(progress(range(total), "synthesising images", total))
     with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        synthetic = [_synthesise_batch(model, batch, normalise, steps) for batch in batches]
+        synthetic = [_synthesise_batch(model, batch, descent, bounds, steps) for batch in batches]
     for _ in steps:  # ends the bar
         pass
     return torch.cat(synthetic)
@@ -82,21 +114,22 @@ def synthesise(
 def _synthesise_batch(
     model: nn.Module,
     start: Tensor,
-    normalise: Callable[[Tensor], Tensor] | None,
+    descent: Descent,
+    bounds: tuple[Tensor, Tensor] | None,
     steps: Iterator[int],
 ) -> Tensor:
     images = start.detach().to(device_of(model), copy=True).requires_grad_()
-    bounds = None if normalise is None else _bounds(normalise, images)
-    optimiser = torch.optim.Adam([images], LEARNING_RATE * float(start.std()))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-    for _ in range(STEPS):
+    limits = None if bounds is None else [bound.to(images) for bound in bounds]
+    optimiser = torch.optim.Adam([images], descent.learning_rate * float(start.std()))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, descent.steps)
+    for _ in range(descent.steps):
         next(steps)
         (images.grad,) = torch.autograd.grad(statistics_error(model, images), [images])
         optimiser.step()
         schedule.step()
-        if bounds is not None:
+        if limits is not None:
             with torch.no_grad():
-                images.clamp_(*bounds)
+                images.clamp_(*limits)
     return images.detach().cpu()
 
 
@@ -122,7 +155,7 @@ def _layer_error(norm: BatchNorm, values: Tensor) -> Tensor:
     return ((means + deviations) / kept).mean()
 
 
-def _norms(model: nn.Module) -> list[BatchNorm]:
+def norms_with_statistics(model: nn.Module) -> list[BatchNorm]:
     """Return the batch norms that keep statistics."""
     norms = (module for module in model.modules() if isinstance(module, BatchNorm))
     return [norm for norm in norms if norm.running_mean is not None]
@@ -137,7 +170,7 @@ def _batch_norm_inputs(model: nn.Module) -> Iterator[list[tuple[BatchNorm, Tenso
         assert isinstance(norm, BatchNorm)
         inputs.append((norm, arguments[0]))
 
-    hooks = [norm.register_forward_pre_hook(collect) for norm in _norms(model)]
+    hooks = [norm.register_forward_pre_hook(collect) for norm in norms_with_statistics(model)]
     try:
         yield inputs
     finally:
@@ -166,8 +199,8 @@ def _as_pictures(noise: Tensor) -> UInt8[Tensor, "image rgb height width"]:
     return ((MEAN + DEVIATION * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _bounds(normalise: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values of black and white in an image as the network takes it."""
+def black_and_white(normalise: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest value of each channel `[channel, 1, 1]`."""
     ends = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 1, 1)
-    values = normalise(ends.contiguous()).to(images)
+    values = normalise(ends.contiguous())
     return values.amin(0), values.amax(0)
