@@ -152,7 +152,6 @@ def extend(
     model: nn.Module,
     config: RunConfig,
     reader: BatchReader,
-    run_context: RunContext,
 ) -> Images:
     """Return calibration images with `count` more, made of mirrored and shifted copies of them.
 
@@ -165,8 +164,7 @@ def extend(
     sources = _sources(len(pixels), count, config.seed)
     start = copies(pixels, sources, flip=config.distill.flip, seed=config.seed)
     bounds = pixels.amin((0, 2, 3))[:, None, None], pixels.amax((0, 2, 3))[:, None, None]
-    synthetic = synthesise(model, start, FROM_COPIES, bounds, progress=run_context.progress)
-    run_context.lines.end_stage(STAGE, f"{count}")
+    synthetic = synthesise(model, start, FROM_COPIES, bounds, progress=reader.progress)
     return NormalisedImages(torch.cat([pixels, synthetic]), torch.cat([labels, labels[sources]]))
 
 
