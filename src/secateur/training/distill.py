@@ -29,7 +29,7 @@ def distill(
     *,
     seed: int,
     sums: tuple[ResidualSum, ...] = (),
-    callbacks: TrainingCallbacks = TrainingCallbacks(),
+    callbacks: TrainingCallbacks | None = None,
 ) -> Distillation:
     """Train `smaller` in place towards the outputs of `model`, and return the divergences.
 
@@ -49,7 +49,7 @@ def distill(
         as_training(settings, has_features=bool(sums)),
         seed=seed,
         sums=sums,
-        callbacks=replace(callbacks, validate=validation),
+        callbacks=replace(callbacks or TrainingCallbacks(), validate=validation),
     )
     before, *after = validation.divergences
     epochs = zip(training.epochs, after, strict=True)
