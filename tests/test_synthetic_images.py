@@ -223,9 +223,9 @@ def test_few_images_are_extended(model: Chain, few_steps: None) -> None:
 @pytest.mark.parametrize(
     ("count", "kind", "side", "asked", "added"),
     [
-        (32, "none", 8, None, 224),
-        (127, "classes", 64, None, 129),
-        (128, "none", 8, None, 0),
+        (32, "none", 8, None, 256),
+        (128, "classes", 64, None, 256),
+        (129, "none", 8, None, 0),
         (32, "none", 65, None, 0),
         (32, "none", 65, 100, 100),
         (1000, "none", 8, 100, 100),
@@ -234,8 +234,15 @@ def test_few_images_are_extended(model: Chain, few_steps: None) -> None:
     ],
 )
 def test_how_many_are_added(
-    model: Chain, count: int, kind: LabelKind, side: int, asked: int | None, added: int
+    model: Chain,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    kind: LabelKind,
+    side: int,
+    asked: int | None,
+    added: int,
 ) -> None:
+    monkeypatch.setattr("secateur.pipeline.synthetic_data.FEW_IMAGES", 128)
     images = torch.zeros(count, 3, side, side)
     calibration = NormalisedImages(images, torch.zeros(count, dtype=torch.int64))
     data = {"source": "images:photos", "synthetic_images": asked}

@@ -215,7 +215,7 @@ def prune(
 
     >>> import secateur, torch
     >>> model = secateur.load_model("resnet20", num_classes=10)
-    >>> images = torch.rand(100, 3, 32, 32)
+    >>> images = torch.rand(200, 3, 32, 32)
     >>> pruned = secateur.prune(model, images, target=0.5)
     >>> pruned.scores["refit"].macs / pruned.scores["before"].macs <= 0.5
     True

@@ -149,8 +149,8 @@ class DataSection(Section):
     """Number of training images used to score filters and to refit the remaining weights."""
     synthetic_images: int | None = Field(default=None, ge=0)
     """Number of images that are synthesised from the network's batch norms: without images
-    (`source = "synthetic"`), by default 256; and beside calibration images, by default as many as
-    make 256 if there are fewer than 128 of at most 64 pixels a side."""
+    (`source = "synthetic"`), by default 256; and beside the calibration images, by default 256 if
+    these are at most 128, and of at most 64 pixels a side."""
     stratified: bool = True
     """Draw the same number of calibration images from every class; otherwise ignore the labels."""
     image_size: ImageSize | None = None

@@ -34,9 +34,9 @@ from secateur.training.synthetic_images import (
 STAGE = "synthetic images"
 """Title of the step that synthesises them."""
 DEFAULT_COUNT = 256
-"""Images that there are with the synthetic ones."""
+"""Synthetic images, beside few real ones or alone."""
 FEW_IMAGES = 128
-"""Fewer are extended by synthetic ones by default, if they are small."""
+"""So many, or fewer, are extended by synthetic ones by default, if they are small."""
 LARGEST_EXTENDED = 64
 """Side in pixels up to which images are small."""
 PICTURES = 4
@@ -143,7 +143,7 @@ def extended_by(
     if wanted is not None:
         return wanted
     is_small = max(example.shape[2:]) <= LARGEST_EXTENDED
-    return DEFAULT_COUNT - count if count < FEW_IMAGES and is_small else 0
+    return DEFAULT_COUNT if count <= FEW_IMAGES and is_small else 0
 
 
 def extend(
