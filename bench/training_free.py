@@ -10,8 +10,9 @@ Torch-Pruning, the batch-norm statistics are recalibrated on the calibration ima
 time and memory of secateur, each network in its own process; its `--data` is the folder of
 `cifar10`, `imagenet_sample` and `imagenette_subset`. Each measurement adds a line to
 `results/training_free.jsonl`; rows that it holds are not measured again, so the bench can be
-interrupted. `--only PATTERN` picks methods, such as `secateur` or `torch-pruning*`; `--tables` only
-writes the tables in docs/explanation/training_free.md, docs/reference/estimates.md and the README.
+interrupted. `--only PATTERN` picks methods, such as `secateur`, `secateur, distilled` or
+`torch-pruning*`; `--tables` only writes the tables in docs/explanation/training_free.md,
+docs/reference/estimates.md and the README.
 """
 
 from __future__ import annotations
@@ -39,15 +40,20 @@ from measurements import Measurement, append_measurement, key_of, read_measureme
 from peer_search import BY_GRADIENT, Gradients, NearestCut, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
 from secateur.config import RefitSection, RunConfig, from_dict, parse_budget
-from secateur.data import Batch, DataSet
+from secateur.data import SYNTHETIC, Batch, DataSet
+from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
+from secateur.pipeline import inputs
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
+from secateur.training.distill import distill
+from secateur.training.feature_distillation import residual_sums
+from secateur.training.training_data import TrainingData
 from studies import (
     TARGETS,
     channels_last,
@@ -72,6 +78,25 @@ ALL_IMAGES = "all images"
 """secateur's option to use every unlabelled image."""
 FAST = "fast"
 """secateur's setting `score.fast`."""
+DISTILLED = "distilled"
+"""secateur with distillation on the calibration images behind the refit."""
+DISTILL_EPOCHS = 30
+NO_IMAGES = "no images"
+"""secateur with images that are synthesised from the network."""
+FEW = {"128 images": 128, "32 images": 32}
+"""secateur's options with so few unlabelled images."""
+FEW_STUDIED = ("resnet20",)
+"""Networks that are pruned with few images and with none."""
+RANK = "channels and rank"
+"""secateur with both actions."""
+RANK_DISTILLED = "channels and rank, distilled"
+CRITERIA = ("reconstruction", "l1", "random")
+"""Other criteria, with secateur's allocation and refit."""
+OPTIONS = {
+    "cifar10": (FAST, RANK, DISTILLED, RANK_DISTILLED, *FEW, NO_IMAGES, *CRITERIA),
+    "imagenet": (ALL_IMAGES,),
+}
+"""secateur's options by study."""
 STAGES = ("cut", "recalibrated", "refit", "distilled")
 CUT_IMAGES = 1000
 """Number of images that a plain cut is scored on, which only shows how far off it is."""
@@ -92,12 +117,12 @@ class Method:
 
 
 def methods(study: str) -> list[Method]:
-    """Return all methods of a study; on ImageNet also secateur with all images, else `fast`."""
+    """Return all methods of a study, first secateur with its options."""
     options = itertools.product(("uniform", "global"), ("inner", "all"))
     peers = itertools.product(peer.CRITERIA, options)
     return [
         Method(OURS),
-        Method(OURS, ALL_IMAGES if study == "imagenet" else FAST),
+        *(Method(OURS, option) for option in OPTIONS[study]),
         *(Method(PEER + name, f"{ranking}, {channels}") for name, (ranking, channels) in peers),
     ]
 
@@ -162,14 +187,27 @@ def ours(
     stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
     with _timed(seconds, "refit"):
         refit_and_check(
-            RefitInputs(model, smaller, context.dependencies, plan.removed),
+            RefitInputs(model, smaller, context.dependencies, plan.removed, plan.ranks),
             context.refit_images,
             config.refit,
             seed=config.seed,
         )
-    return Pruned(
-        stages, context.dependencies.macs(plan.removed) / context.dependencies.macs(), seconds
-    )
+    if config.distill.epochs:
+        fit, held_out = context.parts
+        reader = context.reader
+        stages["distilled"] = copy.deepcopy(smaller)
+        with _timed(seconds, "distill"):
+            distill(
+                model,
+                stages["distilled"],
+                TrainingData(fit, reader.preprocessing, reader.unreadable, context.task),
+                partial(reader.read_shard, held_out),
+                config.distill,
+                seed=config.seed,
+                sums=residual_sums(context.dependencies, plan.removed),
+            )
+    left = build_dependency_graph(smaller, context.example).macs() / context.dependencies.macs()
+    return Pruned(stages, left, seconds)
 
 
 @contextmanager
@@ -271,7 +309,8 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         for seed in range(arguments.seeds)
         for target in TARGETS[study]
         for method in methods(study)
-        if fnmatch.fnmatch(method.method, arguments.only)
+        if fnmatch.fnmatch(_name(method), arguments.only)
+        and (network in FEW_STUDIED or method.options not in (*FEW, NO_IMAGES))
         and (study, network, seed, target, method.method, method.options) not in known
     ]
     if not wanted:
@@ -298,11 +337,13 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         for _, target, method in group:
             method_context, method_config = context, _configured(config, method, dataset)
             if method_config != config:
+                has_images = method.options != NO_IMAGES
                 method_context = make_scoring_context(
                     model,
-                    dataset,
+                    dataset if has_images else inputs.load_inputs(method_config)[0],
                     method_config,
                     criterion_names=(method_config.score.criterion,),
+                    is_extended=True,
                 )
             if method.method == OURS:
                 pruned = ours(model, method_context, method_config, target)
@@ -320,11 +361,30 @@ def _configured(config: RunConfig, method: Method, dataset: DataSet) -> RunConfi
     if method.options == ALL_IMAGES:
         all_images = {"calibration_images": len(dataset.train.labels)}
         return config.model_copy(update={"data": config.data.model_copy(update=all_images)})
+    if method.options in FEW:
+        few = {"calibration_images": FEW[method.options]}
+        return config.model_copy(update={"data": config.data.model_copy(update=few)})
+    if method.options == NO_IMAGES:
+        none = {"source": SYNTHETIC}
+        return config.model_copy(update={"data": config.data.model_copy(update=none)})
+    if method.options in CRITERIA:
+        criterion = {"criterion": method.options}
+        return config.model_copy(update={"score": config.score.model_copy(update=criterion)})
+    if method.options in (RANK, RANK_DISTILLED):
+        section = config.plan.model_copy(update={"actions": ("channels", "rank")})
+        config = config.model_copy(update={"plan": section})
+    if method.options in (DISTILLED, RANK_DISTILLED):
+        distilling = config.distill.model_copy(update={"epochs": DISTILL_EPOCHS})
+        return config.model_copy(update={"distill": distilling})
     if method.options == FAST:
         tables = config.model_dump(mode="json", exclude_none=True)
         tables["score"]["fast"] = True
         return from_dict(tables, RunConfig)
     return config
+
+
+def _name(method: Method) -> str:
+    return ", ".join(filter(None, (method.method, method.options)))
 
 
 def _our_measurement(pruned: Pruned, check: Check) -> Measurement:
@@ -424,13 +484,14 @@ def table(study: str, measurements: list[Measurement]) -> str:
         if any(method_columns):
             texts = [_text(column, study) for column in method_columns]
             mean = statistics.mean(_mean(column) if column else 0.0 for column in method_columns)
-            name = ", ".join(filter(None, (method.method, method.options)))
-            ranked.append((method.method != OURS, -mean, f"| {name} | {' | '.join(texts)} |"))
+            ranked.append(
+                (method.method != OURS, -mean, f"| {_name(method)} | {' | '.join(texts)} |")
+            )
     lines += [line for *_, line in sorted(ranked)]
     lines += ["", *_losses(columns, heads, study), ""]
     images, count = (
         mine[0]["images"],
-        min(m["calibration_images"] for m in mine if m["options"] != FAST),
+        min(m["calibration_images"] for m in mine if m["options"] not in OPTIONS[study]),
     )
     seeds = sorted({len({measurement["seed"] for measurement in column}) for column in columns})
     off = max(abs(measurement["macs_left"] - _fraction(measurement)) for measurement in mine)

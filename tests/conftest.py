@@ -65,9 +65,17 @@ def short_timing() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_synthesis() -> Iterator[None]:
+    """Synthesises no images beside few ones, which takes longer than all else of a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secateur.pipeline.synthetic_data.FEW_IMAGES", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits_run(
-    tmp_path_factory: pytest.TempPathFactory, worker_id: str, short_timing: None
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str, short_timing: None, no_synthesis: None
 ) -> DigitsRun:
     """A real run folder; see `runs.make_digits_run`. Each process has a copy of the first one's."""
     from runs import make_digits_run

@@ -573,7 +573,7 @@ def test_models_lists_what_can_be_named(call: Call) -> None:
     assert set(printed["concepts"]) == set(concepts.sources())
     assert {"evidence", "saliency", "factors", "colours", "masks"} <= set(printed["concepts"])
     kinds = {form.partition(":")[0] for form in printed["data"]}
-    assert {*data.READERS, "segmentation", "hf", "digits"} == kinds
+    assert {*data.READERS, "segmentation", "hf", "digits", "synthetic"} == kinds
     assert {"mIoU", "box AP", "PSNR"} <= set(printed["metrics"])
     assert {"segmentation", "regression"} <= set(printed["tasks"])
     assert "resnet56" in call("models").out

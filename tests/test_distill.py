@@ -7,13 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from networks import Chain, randomise_norms
 from secateur.config import DistillSection
 from secateur.data import Batch, NormalisedImages, TensorImages, batches, split_calibration
 from secateur.data.preprocessing import Preprocessing
+from secateur.graph.build import build_dependency_graph
 from secateur.models.divergence import divergence_from, outputs_of
 from secateur.training.distill import distill
+from secateur.training.feature_distillation import observe, relative_feature_error, residual_sums
 from secateur.training.outcome import Distillation
 from secateur.training.training_data import TrainingData
 
@@ -125,3 +128,45 @@ def test_batchnorm_statistics_and_the_original_stay(
         assert torch.equal(before[name], tensor) == is_statistic, name
     assert all(torch.equal(original[n], t) for n, t in model.state_dict().items())
     assert not model.training
+
+
+class Block(nn.Module):
+    """A residual block whose sum is its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.conv2(self.norm(self.conv1(x)).relu())
+        return x + residual
+
+
+def test_feature_maps_approach_the_original(
+    calibration: TensorImages, generator: torch.Generator
+) -> None:
+    stem, head = nn.Conv2d(3, 4, 3), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(stem, Block(), head, nn.Linear(4, 5)).eval()
+    randomise_norms(model, generator)
+    images = next(held_out(calibration)).images
+    sums = residual_sums(build_dependency_graph(model, images), {})
+    assert [one.module for one in sums] == ["1"]
+
+    def error(weight: float) -> float:
+        smaller = copy.deepcopy(model)
+        noise = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in smaller[1].parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
+        settings = DistillSection(
+            epochs=6, batch_size=16, learning_rate=0.01, precision="float32", feature_weight=weight
+        )
+        data = TrainingData(split_calibration(calibration)[0], PREPARE)
+        distill(model, smaller, data, lambda: held_out(calibration), settings, seed=0, sums=sums)
+        with torch.no_grad(), observe(smaller, sums) as maps, observe(model, sums) as original:
+            smaller(images)
+            model(images)
+        return float(relative_feature_error(sums, maps.by_module, original.by_module))
+
+    assert error(10.0) < 0.7 * error(0.0)

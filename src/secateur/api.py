@@ -151,12 +151,13 @@ class PruneResult:
 @torch.enable_grad()
 def prune(
     model: nn.Module,
-    images: ImageBatches,
+    images: ImageBatches | None,
     *,
     target: BudgetLike = "macs=0.5",
     criterion: CriterionLike = "vote",
     concepts: str = "auto",
     test: ImageBatches | None = None,
+    input_shape: Sequence[int] | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),
     task: Literal["auto"] | TaskKind = "auto",
@@ -180,13 +181,16 @@ def prune(
             network's device batch by batch. Pictures may be uint8 if the `settings` have
             `data.mean` and `data.std` of values from 0 to 1. Tensors and float32 or uint8 arrays,
             also those mapped from files, are not copied: leave them as they are until the result's
-            `report` is written.
+            `report` is written. None: they are synthesised from what the network's batch norms
+            remember of its training images, for which `input_shape` is needed.
         target: the budget, the fraction to keep: `0.5` or `"50%"` of the MACs, `{"params": 0.5}`,
             `"latency=0.7"`; also of `filters` or `memory`.
         criterion, concepts: how filters are ranked, as `secateur models` lists them; a criterion
             may be a `Criterion`, or a function of a layer's kernels, one row a filter.
         test: images for the scores. By default every fifth of `images` is held out. Without labels
             the scores say how often the two networks agree.
+        input_shape: without images the shape of one, such as `(3, 32, 32)`. They have mean 0 and
+            deviation 1, or the range that `data.mean` and `data.std` in the `settings` say.
         forward: `forward(model, images)` returns the outputs that count, for networks that take
             or return anything else, such as `lambda model, images: model(images)[0]`.
         task: what the outputs mean; by default their shape and the labels tell. `segmentation`
@@ -211,7 +215,7 @@ def prune(
 
     >>> import secateur, torch
     >>> model = secateur.load_model("resnet20", num_classes=10)
-    >>> images = torch.rand(100, 3, 32, 32)
+    >>> images = torch.rand(200, 3, 32, 32)
     >>> pruned = secateur.prune(model, images, target=0.5)
     >>> pruned.scores["refit"].macs / pruned.scores["before"].macs <= 0.5
     True
@@ -221,6 +225,7 @@ def prune(
     model = unwrapped(model)
     asked = Asked(
         images=images,
+        input_shape=input_shape,
         target=target,
         criterion=criterion,
         concepts=concepts,
@@ -255,7 +260,7 @@ def prune(
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def estimate(model: nn.Module, images: ImageBatches, **arguments: Any) -> Estimate:
+def estimate(model: nn.Module, images: ImageBatches | None, **arguments: Any) -> Estimate:
     """Return how long `prune` with the same arguments would take here, and how much memory.
 
     The images are read, the network is traced and runs on a few of them; nothing is pruned. Raises
@@ -272,7 +277,7 @@ def estimate(model: nn.Module, images: ImageBatches, **arguments: Any) -> Estima
     passed = bound.arguments
     model = unwrapped(passed.pop("model"))
     asked = Asked(**{**passed, "settings": passed["settings"] or {}})
-    original, dataset, config, run_context = prepare(model, asked)
+    original, dataset, config, run_context = prepare(model, asked, is_estimate=True)
     no_report = config.report.model_copy(update={"images": 0})
     config = config.model_copy(update={"report": no_report})
     return expected_of(original, dataset, config, run_context)

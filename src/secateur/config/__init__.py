@@ -142,11 +142,16 @@ class DataSection(Section):
     source: str
     """Data set: cifar10:DIR, imagenet:DIR, folder:DIR (one folder per class), segmentation:DIR,
     coco:DIR, yolo:DIR, images:DIR (no labels), hf:NAME, path/to/file.py:loader, …;
-    `secateur models` lists all kinds."""
+    `secateur models` lists all kinds. `synthetic` needs no images: they are synthesised from the
+    network's batch norms."""
     validation_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Fraction of the training images held out for validation, such as choosing an epoch."""
     calibration_images: int = Field(default=2000, ge=1)
     """Number of training images used to score filters and to refit the remaining weights."""
+    synthetic_images: int | None = Field(default=None, ge=0)
+    """Number of images that are synthesised from the network's batch norms: without images
+    (`source = "synthetic"`), by default 256; and beside the calibration images, by default 256 if
+    these are at most 128, and of at most 64 pixels a side."""
     stratified: bool = True
     """Draw the same number of calibration images from every class; otherwise ignore the labels."""
     image_size: ImageSize | None = None

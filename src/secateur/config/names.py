@@ -21,6 +21,7 @@ DATA_READERS = (
 DATA_FORMS = (
     *(f"{kind}:DIR" for kind in DATA_READERS),
     *("coco:DIR_OR_JSON", "yolo:DIR_OR_YAML", "arrays:DIR_OR_FILE", "hf:NAME_OR_PATH", "digits"),
+    "synthetic",
 )
 """How data sets are named."""
 METRICS = (

@@ -32,6 +32,9 @@ class DistillSection(Section):
     """Mirror half of the images at random; turn it off for digits and letters."""
     temperature: float = Field(default=3.0, gt=0)
     """Temperature that softens the outputs of both networks."""
+    feature_weight: float = Field(default=0.0, ge=0)
+    """Weight of the feature maps at residual sums in the loss: their relative squared error, in the
+    remaining channels. Networks without residual sums have no such part."""
     precision: Precision = "auto"
     """Precision; `auto` uses bfloat16 if the CPU has instructions for it."""
 

@@ -121,6 +121,8 @@ DIGITS = "digits"
 HUGGING_FACE = "hf"
 NONE = "none"
 """Name of the data set without images, for annotated concepts, which bring their own."""
+SYNTHETIC = "synthetic"
+"""Name of the data set without images in whose place a run synthesises some."""
 
 
 def load(
@@ -132,13 +134,13 @@ def load(
 ) -> DataSet:
     """Return the named data set, with a stratified part of its training images held out.
 
-    `name` is one of `config.DATA_FORMS`, or `none`; docs/reference/data.md describes the folders.
-    `digits` needs the extra `demo`, `hf` the extra `hf`. `ignore_index` is the value of masks'
-    pixels that count for nothing. Which images are held out depends on `seed` alone. Raises
-    `UnknownName`, `UsageError` or `DataError`.
+    `name` is one of `config.DATA_FORMS`, or `none`, which has no images, as `synthetic` has none;
+    docs/reference/data.md describes the folders. `digits` needs the extra `demo`, `hf` the extra
+    `hf`. `ignore_index` is the value of masks' pixels that count for nothing. Which images are held
+    out depends on `seed` alone. Raises `UnknownName`, `UsageError` or `DataError`.
     """
     kind, _, directory = name.partition(":")
-    if name == NONE:
+    if name in (NONE, SYNTHETIC):
         nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
         return DataSet(name, (), nothing, nothing, nothing)
     splits = _read(name, kind, directory, ignore_index)
@@ -176,7 +178,7 @@ def _read(name: str, kind: str, directory: str, ignore_index: int | None) -> Spl
     if kind not in readers:
         if Path(name).expanduser().exists():
             raise UsageError(f"data set {name!r} has no kind: {_advise_kind(Path(name))}")
-        raise UnknownName("data set", kind, [*readers, HUGGING_FACE, DIGITS])
+        raise UnknownName("data set", kind, [*readers, HUGGING_FACE, DIGITS, SYNTHETIC])
     if not directory:
         raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
     path = Path(directory).expanduser()

@@ -86,7 +86,7 @@ def run(
         is_resumed = resume and run_folder.is_run(folder)
         if not is_resumed:
             run_folder.check_free(folder, overwrite=overwrite)
-        dataset, model = load_inputs(config)
+        dataset, model = load_inputs(config, run_context=run_context)
         resolved_config = resolve_config(config, dataset, model)
         if is_resumed:
             pruned = _read_unfinished(folder, model, resolved_config)
@@ -114,7 +114,7 @@ def dry_run(config: RunConfig) -> Estimate:
     """
     check_names(config)
     check_weights(config)
-    dataset, model = load_inputs(config)
+    dataset, model = load_inputs(config, is_estimate=True)
     return estimate(model, dataset, config)
 
 
@@ -153,7 +153,7 @@ def finetune(
         own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        dataset, model = load_inputs(config)
+        dataset, model = load_inputs(config, run_context=run_context)
         if resume and out == folder and _is_finetuned(folder, result, config):
             pruned = _load(folder, model, result)
         else:
@@ -207,7 +207,7 @@ def report(
         statistics = compute_statistics(rows, rows[0].method if rows else "")
     gallery: Gallery | None = None
     if config.report.images:
-        dataset, model = load_inputs(config)
+        dataset, model = load_inputs(config, run_context=run_context)
         gallery = _gallery(_load(folder, model, result), model, dataset, run_context)
     if not distributed.is_main_process():
         return ()

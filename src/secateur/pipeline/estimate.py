@@ -33,6 +33,8 @@ from secateur.pipeline.scoring_context import (
     ScoringContext,
     make_scoring_context,
 )
+from secateur.pipeline.synthetic_data import STAGE as SYNTHETIC_STAGE
+from secateur.pipeline.synthetic_data import extended_by, is_synthetic, steps_of_images
 from secateur.pipeline.work import Regression, Work
 from secateur.pruning.cost.latency_profiler import (
     INTERLEAVED_ROUNDS,
@@ -184,7 +186,11 @@ def show_plan(
     # All processes take part in an estimate, of which the main one alone prints.
     if distributed.any_process(run_context.lines.is_shown):
         expected = estimate(model, dataset, config, run_context)
-        ahead = {t: s for t, s in expected.seconds.items() if is_ahead(t)}
+        ahead = {
+            title: seconds
+            for title, seconds in expected.seconds.items()
+            if is_ahead(title) and not (title == SYNTHETIC_STAGE and is_synthetic(config))
+        }
         if run_context.lines.is_shown:
             run_context.lines.plan(ahead, expected.memory_bytes)
 
@@ -208,6 +214,9 @@ class _Run:
         self._context, self._dataset, self._config = context, dataset, config
         self._dependencies = context.dependencies
         self._images = len(context.calibration.labels)
+        added = extended_by(context.calibration, dataset.kind, model, config, context.example)
+        self._synthesis = GRADIENT_PASSES * steps_of_images(config, added)
+        self._images += added
         self._held_out = max(1, self._images // HELD_OUT_EVERY)
         self._test = len(dataset.test.labels)
         self._removed: Removed = work.likely_cut(self._dependencies, config.plan.budget)
@@ -234,6 +243,8 @@ class _Run:
         score_cut = Work(passes=self._test * self._cut, reads=self._test)
         before = Work(passes=self._test, reads=self._test)
         stages = {stage_title("before", 1): _Stage(before, timings=((LATENCY_ROUNDS, 1.0),))}
+        if self._synthesis:
+            stages = {SYNTHETIC_STAGE: _Stage(Work(passes=self._synthesis)), **stages}
         for number in range(1, config.plan.rounds + 1):
             cut = self._cut_stage()
             stages[stage_title("cut", number)] = _Stage(

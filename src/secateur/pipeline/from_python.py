@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import nn
 
 from secateur.config import BudgetLike, RunConfig, TaskKind
-from secateur.config.in_memory import config_in_memory, tables_in_memory
-from secateur.data import DataSet
+from secateur.config.in_memory import config_in_memory, data_section, tables_in_memory
+from secateur.data import SYNTHETIC, DataSet
 from secateur.data.batch_forms import Form, form_of
 from secateur.data.in_memory import ImageBatches, normaliser, read_images, split_images
 from secateur.graph.build import traceable_forward
@@ -26,6 +26,12 @@ from secateur.models.metrics.user_function import NetworkFunction
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.synthetic_data import (
+    describe_synthetic,
+    noise_images,
+    synthetic_images,
+    with_predicted_labels,
+)
 from secateur.runtime.device import AUTO
 from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import StageLines, live_progress, print_to_stderr
@@ -38,7 +44,8 @@ from secateur.training.own_loss import LossFunction, OwnLoss
 class Asked:
     """The arguments of `prune` besides the network."""
 
-    images: ImageBatches
+    images: ImageBatches | None
+    input_shape: Sequence[int] | None
     target: BudgetLike
     criterion: CriterionLike
     concepts: str
@@ -56,8 +63,13 @@ class Asked:
     progress: bool
 
 
-def prepare(model: nn.Module, asked: Asked) -> tuple[nn.Module, DataSet, RunConfig, RunContext]:
-    """Return what a run works on: the network, the images, the configuration, what goes along."""
+def prepare(
+    model: nn.Module, asked: Asked, *, is_estimate: bool = False
+) -> tuple[nn.Module, DataSet, RunConfig, RunContext]:
+    """Return what a run works on: the network, the images, the configuration, what goes along.
+
+    Where there are no images they are synthesised; for an estimate noise takes their place.
+    """
     forward = asked.forward or traceable_forward(model)
     _check_arguments(asked.class_names, epochs=asked.epochs, max_images=asked.max_images)
     outputs, task, metric, loss = _output_parts(asked.outputs), asked.task, asked.metric, asked.loss
@@ -76,7 +88,15 @@ def prepare(model: nn.Module, asked: Asked) -> tuple[nn.Module, DataSet, RunConf
         raise UsageError(f"metric={metric!r} must be a name or a function of the network")
     form = form_for(model, forward)
     form = replace(form, normalise=normaliser(tables, asked.settings))
-    calibration = read_images(asked.images, form, "images", most=asked.max_images, seed=asked.seed)
+    if asked.images is None:
+        tables["data"]["source"] = SYNTHETIC
+        shape, section = asked.input_shape or (), data_section(tables, asked.settings)
+        count = section.synthetic_images
+        calibration = noise_images(count, shape, form.normalise, seed=asked.seed)
+    else:
+        calibration = read_images(
+            asked.images, form, "images", most=asked.max_images, seed=asked.seed
+        )
     test_images = None if asked.test is None else read_images(asked.test, form, "test")
     parts = split_images(calibration, test_images)
     config = config_in_memory(tables, asked.settings, parts.score.pixels.shape)
@@ -88,7 +108,6 @@ def prepare(model: nn.Module, asked: Asked) -> tuple[nn.Module, DataSet, RunConf
     network = with_inputs(network, calibration.inputs)
     few = calibration.pixels[:FIRST_IMAGES]
     original = with_logits(working_copy(network, few[:2]), few, config.model.task)
-    dataset = label_images(parts, original, config.model.task, asked.class_names)
     run_context = replace(
         _run_context(shows_progress=asked.progress),
         criterion=passed_criterion,
@@ -96,6 +115,17 @@ def prepare(model: nn.Module, asked: Asked) -> tuple[nn.Module, DataSet, RunConf
         metric=None if isinstance(metric, str) else metric,
         loss=loss,
     )
+    if asked.images is None and not is_estimate:
+        calibration = synthetic_images(original, calibration, form.normalise, run_context)
+        if test_images is not None and test_images.labels is not None:
+            labels = test_images.labels
+            calibration = with_predicted_labels(calibration, original, labels, config.model.task)
+        parts = split_images(calibration, test_images)
+    dataset = label_images(parts, original, config.model.task, asked.class_names)
+    if asked.images is None:
+        dataset = describe_synthetic(
+            dataset, len(calibration.pixels), is_tested=test_images is not None
+        )
     return original, dataset, config, run_context
 
 

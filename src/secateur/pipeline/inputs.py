@@ -11,14 +11,22 @@ from secateur import data
 from secateur.config import PREPROCESSING_KEYS, Fit, RunConfig
 from secateur.data import DataSet, NormalisedImages
 from secateur.data.batch_reader import BatchReader
+from secateur.data.in_memory import split_images
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import traceable_forward
 from secateur.graph.forward import with_forward
 from secateur.models import libraries, user_code, zoo
+from secateur.models.labelled_images import label_images
 from secateur.models.metrics import by_name as metrics
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.synthetic_data import (
+    describe_synthetic,
+    is_synthetic,
+    noise_images,
+    synthetic_images,
+)
 from secateur.pipeline.user_data import UserData, call_loader, read_user_data
 from secateur.runtime.device import find_device
 from secateur.runtime.errors import DataError, UsageError
@@ -52,14 +60,21 @@ def check_weights(config: RunConfig) -> None:
         )
 
 
-def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, nn.Module]:
+def load_inputs(
+    config: RunConfig,
+    *,
+    new_head: bool = False,
+    run_context: RunContext | None = None,
+    is_estimate: bool = False,
+) -> tuple[DataSet, nn.Module]:
     """Load the data set and the network that a configuration names.
 
     The notes of the data set say what the weight file left open, too. For `new_head` see
-    `load_weights`. Raises `SecateurError`.
+    `load_weights`. Images that are to be synthesised are noise for an estimate. Raises
+    `SecateurError`.
     """
     source = config.data.source
-    loaded = call_loader(source) if user_code.is_user_code(source) else load_data(config)
+    loaded = call_loader(source) if user_code.is_user_code(source) else _load_named(config)
     classes = len(loaded.class_names)
     num_classes = config.model.num_classes or classes or None
     is_binary = num_classes == 1 and classes == 2
@@ -86,6 +101,8 @@ def load_inputs(config: RunConfig, *, new_head: bool = False) -> tuple[DataSet, 
     if isinstance(loaded, UserData):
         dataset, model = read_user_data(loaded, model, config)
         return replace(dataset, notes=(*dataset.notes, *notes)), model
+    if is_synthetic(config):
+        loaded, model = _synthesise(loaded, model, config, run_context, is_estimate=is_estimate)
     dataset = replace(loaded, notes=(*loaded.notes, *notes))
     if config.model.forward is None and zoo.may_return_more(config.model.name):
         model = through_logits(model, _examples(dataset, config, model), config.model.task)
@@ -100,12 +117,47 @@ def load_data(config: RunConfig, model: nn.Module | None = None) -> DataSet:
     source = config.data.source
     if model is not None and user_code.is_user_code(source):
         return read_user_data(call_loader(source), model, config)[0]
+    if is_synthetic(config):
+        raise UsageError(
+            "synthesised images can't tell how good a network is: name real ones, --data folder:DIR"
+        )
+    return _load_named(config)
+
+
+def _load_named(config: RunConfig) -> DataSet:
     return data.load(
-        source,
+        config.data.source,
         validation_fraction=config.data.validation_fraction,
         ignore_index=config.data.ignore_index,
         seed=config.seed,
     )
+
+
+def _synthesise(
+    nothing: DataSet,
+    model: nn.Module,
+    config: RunConfig,
+    run_context: RunContext | None,
+    *,
+    is_estimate: bool,
+) -> tuple[DataSet, nn.Module]:
+    """Return images synthesised from the network, or noise in their place, and the network."""
+    if config.data.image_size is None and user_code.is_user_code(config.model.name):
+        raise UsageError(
+            "the size of the images to synthesise is not known for a network from a file of your "
+            "own: --image-size SIDE"
+        )
+    preprocessing = preprocessing_of(resolve_config(config, nothing, model))
+    normalise = preprocessing.normalise
+    images = noise_images(
+        config.data.synthetic_images, preprocessing.shape, normalise, seed=config.seed
+    )
+    model = through_logits(model, images.pixels[:2], config.model.task)
+    if not is_estimate:
+        images = synthetic_images(model, images, normalise, run_context or RunContext())
+    dataset = label_images(split_images(images, None), model, config.model.task, ())
+    dataset = describe_synthetic(dataset, len(images.pixels), is_tested=False)
+    return replace(dataset, name=nothing.name), model
 
 
 def _examples(dataset: DataSet, config: RunConfig, model: nn.Module) -> torch.Tensor:

@@ -26,6 +26,7 @@ from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.result import StageResult
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.synthetic_data import STAGE, describe_extension, extend, extended_by
 from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.pruning.cost.batch_size import batch_that_fits
 from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_plan_inputs
@@ -61,6 +62,8 @@ class ScoringContext:
     """What networks are scored by; None: accuracy, or R² of values."""
     memory_bytes: int
     """What scoring may take beside feature maps."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user of the calibration images."""
 
     @property
     def plan_images(self) -> CalibrationImages:
@@ -100,13 +103,15 @@ def make_scoring_context(
     criterion_names: Sequence[str] = (),
     dependencies: DependencyGraph | None = None,
     original: nn.Module | None = None,
+    is_extended: bool = False,
 ) -> ScoringContext:
     """Draw the calibration images, build the dependency graph and make the concept source.
 
     First the network runs on a few images, to tell how its outputs are read. Criteria that need
     gradients take more memory, so smaller batches. `dependencies` saves building the graph again.
     `original` is the network before the first cut, if `model` is not. Annotated concepts bring
-    their own images, which are then the calibration set. Raises `SecateurError`.
+    their own images, which are then the calibration set. With `is_extended` synthetic images are
+    added to few ones; see `extended_by`. Raises `SecateurError`.
     """
     reader = replace(make_reader(config, run_context), device=device_of(model))
     annotated = concepts.annotated_images(config.score.concepts)
@@ -147,6 +152,13 @@ def make_scoring_context(
         with_gradients=any("gradients" in criterion.needs for criterion in scored_by.values()),
     )
     reader = replace(reader, batch_size=batch_size)
+    notes: tuple[str, ...] = ()
+    added = extended_by(calibration, dataset.kind, original or model, config, example)
+    if is_extended and added:
+        notes = (describe_extension(len(calibration.labels), added),)
+        calibration = extend(calibration, added, original or model, config, reader)
+        if run_context is not None:
+            run_context.lines.end_stage(STAGE, f"{added}")
     return ScoringContext(
         calibration,
         example,
@@ -158,6 +170,7 @@ def make_scoring_context(
         task,
         metric,
         config.refit.memory_bytes,
+        notes,
     )
 
 
@@ -201,11 +214,17 @@ def make_baseline(
     names = criterion_names or (config.score.criterion,)
     since = time.perf_counter()
     context = make_scoring_context(
-        model, dataset, config, run_context, criterion_names=names, original=original
+        model,
+        dataset,
+        config,
+        run_context,
+        criterion_names=names,
+        original=original,
+        is_extended=True,
     )
     seconds = time.perf_counter() - since
     predictions: Predictions | None = None
-    notes = (*dataset.notes, *context.task.notes)
+    notes = (*dataset.notes, *context.task.notes, *context.notes)
     if score is None:
         doubts: list[str] = []
 

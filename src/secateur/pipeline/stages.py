@@ -148,6 +148,8 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
     since = time.perf_counter()
     smaller, reader = cut_stage.network, this.context.reader
     fit, held_out = this.context.parts
+    is_cut_once = this.network is this.original  # later cuts count channels anew
+    sums = residual_sums(this.context.dependencies, cut_stage.plan.removed) if is_cut_once else ()
     outcome = distillation.distill(
         this.original,
         smaller,
@@ -155,8 +157,8 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
         partial(reader.read_shard, held_out),
         this.config.distill,
         seed=this.config.seed,
-        progress=reader.progress,
-        lines=this.run_context.lines,
+        sums=sums,
+        callbacks=TrainingCallbacks(reader.progress, lines=this.run_context.lines),
     )
     for epoch in outcome.epochs:
         this.run_context.log.write("distill", **asdict(epoch))

@@ -5,7 +5,7 @@ images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from secateur.data import Batch
 from secateur.models.divergence import divergence_from, outputs_of
 from secateur.models.score import OutputDivergence
 from secateur.models.task import Logits, Task
-from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
+from secateur.training.feature_distillation import ResidualSum
 from secateur.training.outcome import Distillation, DistillEpoch
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
@@ -28,10 +28,12 @@ def distill(
     settings: DistillSection,
     *,
     seed: int,
-    progress: ProgressCallback = no_progress,
-    lines: StageLines | None = None,
+    sums: tuple[ResidualSum, ...] = (),
+    callbacks: TrainingCallbacks | None = None,
 ) -> Distillation:
     """Train `smaller` in place towards the outputs of `model`, and return the divergences.
+
+    With `settings.feature_weight` also towards its feature maps at the residual `sums`, if any.
 
     The weights with the smallest divergence on `held_out` are kept, those before the first epoch
     included, so the divergence never grows. It is computed from outputs softened as in training.
@@ -44,9 +46,10 @@ def distill(
         smaller,
         model,
         data,
-        as_training(settings),
+        as_training(settings, has_features=bool(sums)),
         seed=seed,
-        callbacks=TrainingCallbacks(progress, validation, lines=lines or StageLines()),
+        sums=sums,
+        callbacks=replace(callbacks or TrainingCallbacks(), validate=validation),
     )
     before, *after = validation.divergences
     epochs = zip(training.epochs, after, strict=True)
@@ -72,7 +75,7 @@ class _Validation:
         return -divergence.divergence
 
 
-def as_training(settings: DistillSection) -> TrainingSection:
+def as_training(settings: DistillSection, *, has_features: bool = False) -> TrainingSection:
     """Return the training that distillation is: AdamW, no labels, frozen batch norm."""
     return TrainingSection(
         epochs=settings.epochs,
@@ -82,6 +85,7 @@ def as_training(settings: DistillSection) -> TrainingSection:
         warmup_steps=settings.warmup_steps,
         flip=settings.flip,
         temperature=settings.temperature,
+        feature_weight=settings.feature_weight if has_features else 0.0,
         precision=settings.precision,
         label_weight=0.0,
         optimiser="adamw",
