@@ -11,8 +11,8 @@ time and memory of secateur, each network in its own process; its `--data` is th
 `cifar10`, `imagenet_sample` and `imagenette_subset`. Each measurement adds a line to
 `results/training_free.jsonl`; rows that it holds are not measured again, so the bench can be
 interrupted. `--only PATTERN` picks methods, such as `secateur`, `secateur, distilled` or
-`torch-pruning*`; `--tables` only writes the tables in docs/explanation/training_free.md,
-docs/reference/estimates.md and the README.
+`torch-pruning*`, `--targets` and `--networks` the same; `--tables` only writes the tables in
+docs/explanation/training_free.md, docs/reference/estimates.md and the README.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 import peer
+import studies
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from peer_search import BY_GRADIENT, Gradients, NearestCut, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
@@ -55,7 +56,6 @@ from secateur.training.distill import distill
 from secateur.training.feature_distillation import residual_sums
 from secateur.training.training_data import TrainingData
 from studies import (
-    TARGETS,
     channels_last,
     fraction_equal,
     labels,
@@ -97,6 +97,7 @@ OPTIONS = {
     "imagenet": (ALL_IMAGES,),
 }
 """secateur's options by study."""
+TARGETS = {**studies.TARGETS, "cifar10": (*studies.TARGETS["cifar10"], "macs=0.35")}
 STAGES = ("cut", "recalibrated", "refit", "distilled")
 CUT_IMAGES = 1000
 """Number of images that a plain cut is scored on, which only shows how far off it is."""
@@ -310,6 +311,7 @@ def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
         for target in TARGETS[study]
         for method in methods(study)
         if fnmatch.fnmatch(_name(method), arguments.only)
+        and fnmatch.fnmatch(target, arguments.targets)
         and (network in FEW_STUDIED or method.options not in (*FEW, NO_IMAGES))
         and (study, network, seed, target, method.method, method.options) not in known
     ]
@@ -669,6 +671,8 @@ def main() -> None:
     parser.add_argument("--data", help="the folder of CIFAR-10, or of the ImageNet samples")
     parser.add_argument("--weights", help="folder of the weights")
     parser.add_argument("--only", default="*", help="pattern of methods")
+    parser.add_argument("--targets", default="*", help="pattern of targets")
+    parser.add_argument("--networks", default="*", help="pattern of networks")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--workers", type=int, default=1, help="number of processes")
     parser.add_argument("--tables", action="store_true", help="only write the tables")
@@ -687,9 +691,11 @@ def main() -> None:
             parser.error("--data and --weights are needed")
         options = ["--data", arguments.data, "--weights", arguments.weights]
         options += ["--only", arguments.only, "--seeds", str(arguments.seeds)]
+        options += ["--targets", arguments.targets]
         is_cost = arguments.study == "cost"
         # The largest network first: it takes longest.
-        networks = list(COST) if is_cost else list(reversed(networks_of(arguments.study)))
+        names = COST if is_cost else reversed(networks_of(arguments.study))
+        networks = [name for name in names if fnmatch.fnmatch(name, arguments.networks)]
         calls = [[arguments.study, *options, "--child", network] for network in networks]
         run_all("training_free.py", calls, 1 if is_cost else arguments.workers)
     measurements = measured()
