@@ -790,6 +790,7 @@ def test_an_interrupted_fine_tuning_is_resumed(
             "6",
         ]
         keys = ["--set", "finetune.flip=false", "--set", "finetune.checkpoint_minutes=0"]
+        keys += ["--set", "data.synthetic_images=0"]  # as in this process
         return [
             "prune",
             "-m",
