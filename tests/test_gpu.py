@@ -57,6 +57,7 @@ def test_every_criterion_prunes_alike(criterion: str) -> None:
         {"concepts": "factors:3,colours"},
         {"settings": {"refit.form": "channel"}},
         {"settings": {"refit.sampling": "importance"}},
+        {"settings": {"plan.actions": ["channels", "rank"]}},
         {"settings": {"distill.epochs": 1}},
         {"epochs": 1},
     ],

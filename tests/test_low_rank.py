@@ -57,7 +57,7 @@ def test_a_kernel_is_the_product_of_its_factors(
     assert form_of(shape) == form
     assert tuple(matrix_of(kernel).shape) == matrix
     whole = factorise(kernel, min(matrix))
-    assert torch.allclose(product(*whole), kernel.double(), atol=1e-6)
+    assert torch.allclose(product(*whole), kernel, atol=1e-6)
     first, second = factorise(kernel, 2)
     assert first.shape[:2] == (2, shape[1])
     assert second.shape[:2] == (shape[0], 2)
@@ -95,7 +95,7 @@ def test_two_convolutions_of_whole_rank_equal_the_one(arguments: dict[str, Any])
 def test_kernels_are_written_into_the_factors() -> None:
     network = nn.Sequential(nn.Conv2d(4, 5, 3))
     replace_by_factors(network, {"0": 3})
-    kernel = product(*factorise(torch.randn(5, 4, 3, 3), 3)).float()
+    kernel = product(*factorise(torch.randn(5, 4, 3, 3), 3))
     write_products(network, {"0": 3}, {"0.weight": kernel, "0.bias": torch.arange(5.0)})
     products = tensors_with_products(network, {"0": 3})
     assert torch.allclose(products["0.weight"], kernel, atol=1e-5)

@@ -88,6 +88,7 @@ def _timeless(result: RunResult) -> object:
                 }
             },
         ),
+        ("residual", {"settings": {"plan.actions": ["channels", "rank"]}}),
         ("flattened", {"criterion": "vote-response"}),  # its evidence is Grad-CAM's
         ("grouped", {"criterion": "bn_scale"}),
         ("depthwise", {"criterion": "taylor"}),
@@ -103,6 +104,7 @@ def test_pruning_is_equal(name: str, arguments: dict[str, Any]) -> None:
     [
         {"criterion": "taylor"},
         {"criterion": "chip", "settings": {"refit.form": "channel"}},
+        {"settings": {"plan.actions": ["rank"]}},
         {"concepts": "factors:3,colours"},
     ],
 )

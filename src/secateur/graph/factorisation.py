@@ -30,6 +30,7 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph, aliases_of
 from secateur.graph.module_state import owner_of, tensors_of
+from secateur.runtime.device import sums_device
 
 Form = Literal["spatial", "channel"]
 Ranks = Mapping[str, int]
@@ -149,7 +150,8 @@ def factorise(
     Both have the same share of the singular values.
     """
     outputs, inputs, height, width = kernel.shape
-    left, values, right = torch.linalg.svd(matrix_of(kernel).double(), full_matrices=False)
+    matrix = matrix_of(kernel).to(sums_device(kernel.device)).double()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     roots = values[:rank].sqrt()
     first, second = (left[:, :rank] * roots).mT, roots[:, None] * right[:rank]
     if form_of(kernel.shape) == "spatial":
@@ -159,16 +161,19 @@ def factorise(
         first = first.reshape(rank, inputs, height, width)
         second = second.reshape(rank, 1, 1, outputs)
     second = second.permute(3, 0, 1, 2)
-    return first.to(kernel.dtype).contiguous(), second.to(kernel.dtype).contiguous()
+    first, second = (part.to(kernel.dtype).contiguous() for part in (first, second))
+    return first.to(kernel.device), second.to(kernel.device)
 
 
 def product(
     first: Float[Tensor, "rank input _ _"], second: Float[Tensor, "output rank _ _"]
 ) -> Float[Tensor, "output input height width"]:
-    """Return the kernel that two kernels of `factorise` stand for."""
-    return torch.einsum("rihv,orgw->oihgvw", first.double(), second.double()).reshape(
-        len(second), first.shape[1], first.shape[2] * second.shape[2], -1
-    )
+    """Return the kernel that two kernels of `factorise` stand for, in their dtype."""
+    height, device = first.shape[2] * second.shape[2], sums_device(first.device)
+    left, right = (part.to(device).double() for part in (first, second))
+    kernel = torch.einsum("rihv,orgw->oihgvw", left, right)
+    result = kernel.reshape(len(second), first.shape[1], height, -1)
+    return result.to(first.dtype).to(first.device)
 
 
 def replace_by_factors(model: nn.Module, ranks: Ranks) -> None:
@@ -224,7 +229,7 @@ def tensors_with_products(model: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     tensors = tensors_of(model)
     for name in ranks:
         first, second = tensors.pop(f"{name}.0.weight"), tensors.pop(f"{name}.1.weight")
-        tensors[f"{name}.weight"] = product(first, second).to(first.dtype)
+        tensors[f"{name}.weight"] = product(first, second)
         bias = tensors.pop(f"{name}.1.bias", None)
         if bias is not None:
             tensors[f"{name}.bias"] = bias

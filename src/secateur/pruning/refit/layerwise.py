@@ -248,8 +248,7 @@ class _LayerRefitter:
         choice = regression.choice()
         rank = self.ranks.get(layer.name)
         if rank is not None and form == "channel":
-            nearest = product(*factorise(state[layer.weight], rank))
-            state[layer.weight] = nearest.to(state[layer.weight].dtype)
+            state[layer.weight] = product(*factorise(state[layer.weight], rank))
         for name, tensor in state.items():
             self.state[name] = tensor.to(self.state[name].device)
         return LayerRefit(layer.name, choice.error_cut, choice.error, choice.ridge, form=form)
