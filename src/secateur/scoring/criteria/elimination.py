@@ -127,6 +127,7 @@ def error_curve(
     covariance: Float[Tensor, "value value"],
     consumers: Float[Tensor, "output value"],
     ranking: Sequence[int],
+    held_out: Float[Tensor, "value value"] | None = None,
 ) -> Float[Tensor, "count"]:
     """Return the consumers' summed squared error without 0, 1, … up to all filters.
 
@@ -134,13 +135,26 @@ def error_curve(
     filters in the order of `ranking` and L the Cholesky factor of their covariance, what the first
     filters can't predict of the rest r has the covariance L_rr L_rr'. So removing the filters from
     one on costs the squares of the columns of (consumers L) from that filter's on.
+
+    These are errors on the images that the prediction is estimated from. With `held_out`, the
+    covariance of other images about the means of the first ones, they are those on the others. The
+    parts that can't be predicted then have the covariance L_rr Z_rr L_rr' with
+    Z = L^-1 held_out L^-1', and not the identity in its place. Such errors may fall where one more
+    filter goes; then it counts as no gain.
     """
     filters = len(ranking)
     order = torch.arange(len(covariance)).reshape(-1, filters).T[torch.tensor(ranking)].flatten()
     factor = torch.linalg.cholesky(with_ridge(covariance[order][:, order]))
-    columns = (_fewest_rows(consumers.double()[:, order]) @ factor).square().sum(0)
-    by_filter = columns.reshape(filters, -1).sum(1)
-    return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
+    columns = _fewest_rows(consumers.double()[:, order]) @ factor
+    if held_out is None:
+        by_filter = columns.square().sum(0).reshape(filters, -1).sum(1)
+        return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
+    half = torch.linalg.solve_triangular(factor, held_out[order][:, order], upper=False)
+    products = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    products *= columns.mT @ columns
+    by_pair = products.reshape(filters, -1, filters, len(products) // filters).sum((1, 3))
+    errors = by_pair.flip(0, 1).cumsum(0).cumsum(1).diagonal()
+    return torch.cat([errors.new_zeros(1), errors]).cummax(0).values
 
 
 def with_ridge(covariance: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from secateur.data.splits import is_held_out
 from secateur.graph.groups import Group
 from secateur.graph.input_edit import ChannelReconstruction
 from secateur.graph.patches import Window
@@ -95,9 +96,10 @@ class Reconstruction:
         images = torch.arange(len(features.maps))
         # [image, position, value]
         patches = sample.window.patches(features.maps, positions, images)
-        patches = quantize(patches, sample.units, features.tap).flatten(0, 1)
+        patches = quantize(patches, sample.units, features.tap)
+        held_out = is_held_out(features.indices)
         if vote is None:
-            sample.moments.update(patches)
+            sample.update(patches, held_out)
             return None
 
         def add_weighted(regions: Regions) -> None:
@@ -106,13 +108,13 @@ class Reconstruction:
             weights = torch.einsum("irp,ir->ip", inside, vote.weigh(regions.concepts).float())
             chosen = positions.to(weights.device)
             weights = (weights.gather(1, chosen) * WEIGHT_UNITS).round()
-            sample.moments.update(patches, weights.flatten())
+            sample.update(patches, held_out, weights)
 
         return add_weighted
 
     def state(self) -> Iterable[Tensor]:
         """Return the sums over images; see `Observer.state`."""
-        return (tensor for sample in self._samples.values() for tensor in sample.moments.state())
+        return (tensor for sample in self._samples.values() for tensor in sample.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the places: the filter that is removed first has 0."""
@@ -129,15 +131,26 @@ class Reconstruction:
         """Return the consumers' summed squared error without 0, 1, … up to all filters of a tap.
 
         Filters are removed in reverse order of `ranking`, and reconstructed by least squares from
-        the remaining ones. No further pass is needed, whatever the ranking.
+        the remaining ones. The least squares are those of four fifths of the images, and the error
+        is that on the others: on the same images, the error of a layer with many filters is that of
+        a fit to noise. No further pass is needed, whatever the ranking.
+
+        Of fewer than five images none is held out; then all of them give both.
         """
+        kernels, sample = self._kernels[tap], self._samples[tap]
+        consumers = _consumers(kernels, sample.window)
+        if not sample.held_out.is_empty:
+            fitted = sample.moments.without(sample.held_out)
+            held_out = sample.held_out.about(fitted.mean(sample.units), sample.units)
+            return error_curve(
+                fitted.covariance(sample.units), consumers, ranking, held_out
+            ).cpu()
         elimination = self._eliminations.get(tap)
         if elimination is not None and elimination.order == [*reversed(ranking)]:
             errors = elimination.errors.cpu()
             if bool(errors.isfinite().all()):
                 return errors
-        kernels, sample = self._kernels[tap], self._samples[tap]
-        return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking).cpu()
+        return error_curve(sample.covariance(), consumers, ranking).cpu()
 
     def mean(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the mean activations of a tap's filters."""
@@ -172,6 +185,24 @@ class _Sample:
     """Number of positions from each image, where its maps have so many."""
     units: Float[Tensor, "value"]
     moments: SecondMoments
+    held_out: SecondMoments
+    """The part of the moments that the held-out images have (`data.is_held_out`)."""
+
+    def update(
+        self,
+        patches: Float[Tensor, "image position value"],
+        held_out: Bool[Tensor, "image"],
+        weights: Float[Tensor, "image position"] | None = None,
+    ) -> None:
+        """Add patches of some images, in units, with weights that are whole numbers."""
+        self.moments.update(patches.flatten(0, 1), None if weights is None else weights.flatten())
+        if held_out.any():
+            chosen = None if weights is None else weights[held_out].flatten()
+            self.held_out.update(patches[held_out].flatten(0, 1), chosen)
+
+    def state(self) -> Iterable[Tensor]:
+        """Return the sums over images; see `Observer.state`."""
+        return (*self.moments.state(), *self.held_out.state())
 
     def covariance(self, part: slice = slice(None)) -> Float[Tensor, "part part"]:
         """Return the covariance of the values, or of a part of them."""
@@ -193,8 +224,9 @@ def _sample_of(features: FeatureBatch, window: Window) -> _Sample:
     if not has_patches_enough(window.taps * kernels.filters, images, positions):
         window = SINGLE
     units = quantization_unit(statistics).repeat(window.taps)
-    moments = SecondMoments(len(units), kernels.device)
-    return _Sample(window, positions_of_image(kernels.filters, images), units, moments)
+    positions = positions_of_image(kernels.filters, images)
+    moments, held_out = (SecondMoments(len(units), kernels.device) for _ in range(2))
+    return _Sample(window, positions, units, moments, held_out)
 
 
 def has_patches_enough(values: int, images: int, positions: int) -> bool:
@@ -245,15 +277,16 @@ def patch_windows(taps: Mapping[str, Kernels], memory_bytes: float) -> dict[str,
 
 def moments_bytes(values: Sequence[int]) -> int:
     """Return the memory of second moments of patches with so many values each."""
-    return 8 * sum((count + 1) ** 2 for count in values)
+    return 8 * 2 * sum((count + 1) ** 2 for count in values)
 
 
 def elimination_bytes(values: Sequence[int]) -> int:
     """Return the memory of the largest elimination, beside the moments.
 
     It holds a covariance, the same by filter, its factor, its inverse and the consumers' weights.
+    The error curve holds the sums and covariances of both parts of the images, and their products.
     """
-    return 8 * 5 * max(values, default=0) ** 2
+    return 8 * 8 * max(values, default=0) ** 2
 
 
 def _window(kernels: Kernels) -> Window:
