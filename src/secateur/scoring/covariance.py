@@ -89,9 +89,9 @@ class SecondMoments:
         self, mean: Float[Tensor, "value"], unit: Float[Tensor, "value"]
     ) -> Float[Tensor, "value value"]:
         """Return the mean products of values less another mean than their own."""
-        own = self.mean(unit)
+        centre = self.mean(unit)
         products = self.raw(unit)
-        return products.addr_(own, mean, alpha=-1).addr_(mean, mean - own)
+        return products.addr_(centre, mean, alpha=-1).addr_(mean, mean - centre)
 
     def mean(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value"]:
         """Return the mean values, in their original scale."""
