@@ -181,7 +181,7 @@ class _Sample:
     positions: int
     """Number of positions from each image, where its maps have so many."""
     fewest: int
-    """Number of positions from each image that are `POSITIONS_PER_VALUE` for each value."""
+    """Number of positions from each image that suffice if all of them count alike."""
     units: Float[Tensor, "value"]
     moments: SecondMoments
     """Those of all positions alike."""
@@ -217,7 +217,7 @@ def _sample_of(features: FeatureBatch, window: Window, *, has_votes: bool) -> _S
         window = SINGLE
     units = quantization_unit(statistics).repeat(window.taps)
     positions = positions_of_image(kernels.filters, images)
-    fewest = -(-POSITIONS_PER_VALUE * len(units) // images)
+    fewest = -(-max(FEWEST_POSITIONS, POSITIONS_PER_VALUE * len(units)) // images)
     moments, held_out, votes = (SecondMoments(len(units), kernels.device) for _ in range(3))
     return _Sample(
         window, positions, fewest, units, moments, held_out, votes if has_votes else moments
