@@ -1,10 +1,13 @@
-"""Two ImageNet networks for the staged weights, and a command that converts those weights.
+"""Three ImageNet networks for the staged weights, and a command that converts those weights.
 
     python bench/imagenet_networks.py convert FOLDER OUT
 
-This reads the staged files in FOLDER and writes `efficientnet_lite0.safetensors` and
-`squeezenet1_1.safetensors` into OUT. With them `bench/imagenet_networks.py:efficientnet_lite0` and
-`…:squeezenet1_1` can be named as `--model`.
+This reads the staged files in FOLDER and beside it, and writes `mobilenetv2.safetensors`,
+`efficientnet_lite0.safetensors` and `squeezenet1_1.safetensors` into OUT. With them
+`bench/imagenet_networks.py:mobilenetv2` and so on can be named as `--model`.
+
+MobileNetV2 (Sandler et al. 2018) is Keras', which pads as TensorFlow does. It was quantised, and
+its batch norms were put back with statistics that were measured on images of ImageNet.
 
 EfficientNet-Lite0 (Tan & Le 2019; the Lite variant is Google's) is TensorFlow's: it pads at the
 bottom and the right where the stride is 2, and its batch norm has an epsilon of 1e-3. Its weights
@@ -19,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,6 +35,17 @@ def efficientnet_lite0(num_classes: int = 1000) -> nn.Module:
     import timm
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=num_classes)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def mobilenetv2(num_classes: int = 1000) -> nn.Module:
+    """MobileNetV2 as TensorFlow computes it, untrained."""
+    import timm
+
+    model = timm.create_model(
+        "mobilenetv2_100", pretrained=False, num_classes=num_classes, pad_type="same"
+    )
     assert isinstance(model, nn.Module)
     return model
 
@@ -86,6 +101,16 @@ def lite0_weights(staged: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def mobilenetv2_weights(staged: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in single precision, with the counters that were left out."""
+    counters = {
+        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
+        for name in staged
+        if name.endswith("running_mean")
+    }
+    return {name: tensor.float() for name, tensor in staged.items()} | counters
+
+
 def squeezenet_weights(staged: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of keras-squeezenet under torchvision's names, for red-green-blue images."""
     first = "features.0.weight"
@@ -99,7 +124,7 @@ class Network:
 
     build: Callable[[], nn.Module]
     staged: str
-    """Name of the file among the staged weights."""
+    """The file, relative to the folder of the staged weights."""
     weights: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """Makes them fit."""
     mean: Colours
@@ -108,6 +133,13 @@ class Network:
 
 
 NETWORKS = {
+    "mobilenetv2": Network(
+        build=mobilenetv2,
+        staged="../mobilenetv2_imagenet/mobilenetv2_100_fp16.safetensors",
+        weights=mobilenetv2_weights,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
     "efficientnet_lite0": Network(
         build=efficientnet_lite0,
         staged="imagenet_efficientnet_lite0_fp16.safetensors",

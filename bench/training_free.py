@@ -30,6 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,13 @@ from torch.optim.swa_utils import update_bn
 
 import peer
 import studies
+from imagenet import BATCH_SIZE, CALIBRATIONS, load_study, read_images, unused
 from measurements import Measurement, append_measurement, key_of, read_measurements, run_all
 from peer_search import BY_GRADIENT, Gradients, NearestCut, cut_to, gradients
 from rows import ROOT, reason_of, revision, surroundings
 from secateur.config import RefitSection, RunConfig, from_dict, parse_budget
-from secateur.data import SYNTHETIC, Batch, DataSet
+from secateur.data import SYNTHETIC, Batch, DataSet, Images
+from secateur.data.batch_reader import BatchReader
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
@@ -49,6 +52,7 @@ from secateur.pipeline import inputs
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan
+from secateur.pruning.plan import PruningPlan
 from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
@@ -74,8 +78,14 @@ SEEDS = 3
 OURS = "secateur"
 PEER = "torch-pruning "
 """Prefix of Torch-Pruning's methods."""
-ALL_IMAGES = "all images"
-"""secateur's option to use every unlabelled image."""
+IMAGENET_PEERS = ("l1", "l2", "lamp")
+"""Torch-Pruning's criteria for ImageNet networks: of all seven, the best were always among them."""
+PEER_CALIBRATION = "300 images"
+"""What Torch-Pruning is calibrated on there…"""
+PEER_SEEDS = 1
+"""…and the number of its calibration sets."""
+CHANNELS = ("inner", "all")
+"""Which channels Torch-Pruning removes."""
 FAST = "fast"
 """secateur's setting `score.fast`."""
 DISTILLED = "distilled"
@@ -93,14 +103,26 @@ RANK_DISTILLED = "channels and rank, distilled"
 CRITERIA = ("reconstruction", "l1", "random")
 """Other criteria, with secateur's allocation and refit."""
 OPTIONS = {
-    "cifar10": (FAST, RANK, DISTILLED, RANK_DISTILLED, *FEW, NO_IMAGES, *CRITERIA),
-    "imagenet": (ALL_IMAGES,),
+    "cifar10": ("", RANK, FAST, DISTILLED, RANK_DISTILLED, *FEW, NO_IMAGES, *CRITERIA),
+    "imagenet": tuple(CALIBRATIONS),
 }
 """secateur's options by study."""
-TARGETS = {**studies.TARGETS, "cifar10": (*studies.TARGETS["cifar10"], "macs=0.35")}
+_ACTIONS = {"actions": ["channels", "rank"]}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    FAST: {"score": {"fast": True}},
+    DISTILLED: {"distill": {"epochs": DISTILL_EPOCHS}},
+    RANK: {"plan": _ACTIONS},
+    RANK_DISTILLED: {"plan": _ACTIONS, "distill": {"epochs": DISTILL_EPOCHS}},
+    **{name: {"score": {"criterion": name}} for name in CRITERIA},
+}
+"""What secateur's options change in a configuration, by section."""
 STAGES = ("cut", "recalibrated", "refit", "distilled")
-CUT_IMAGES = 1000
+CUT_IMAGES = {"cifar10": 1000, "imagenet": 100}
 """Number of images that a plain cut is scored on, which only shows how far off it is."""
+TARGETS = {
+    "cifar10": (*studies.TARGETS["cifar10"], "macs=0.35"),
+    "imagenet": ("macs=0.9", "macs=0.8"),
+}
 EQUAL = 0.01
 """Largest distance of a cut's MACs from the target."""
 COST = {"resnet20": 2000, "torchvision:resnet50": 256}
@@ -119,10 +141,10 @@ class Method:
 
 def methods(study: str) -> list[Method]:
     """Return all methods of a study, first secateur with its options."""
-    options = itertools.product(("uniform", "global"), ("inner", "all"))
-    peers = itertools.product(peer.CRITERIA, options)
+    is_imagenet = study == "imagenet"
+    options = itertools.product(("uniform", "global"), ("inner",) if is_imagenet else CHANNELS)
+    peers = itertools.product(IMAGENET_PEERS if is_imagenet else peer.CRITERIA, options)
     return [
-        Method(OURS),
         *(Method(OURS, option) for option in OPTIONS[study]),
         *(Method(PEER + name, f"{ranking}, {channels}") for name, (ranking, channels) in peers),
     ]
@@ -134,18 +156,38 @@ class Check:
 
     batches: list[Batch]
     before: Tensor
+    cut_images: int
 
     def score(self, stage: str, network: nn.Module) -> Measurement:
         """Return the fractions of correct predictions and of those equal to the original's."""
         batches = self.batches
         if stage == "cut":
-            batches = batches[: -(-CUT_IMAGES // len(batches[0].labels))]
+            batches = batches[: -(-self.cut_images // len(batches[0].labels))]
         predicted = predictions(network, batches)
         return {
             f"{stage}_fraction": fraction_equal(predicted, labels(batches)),
             f"{stage}_same_class_fraction": fraction_equal(
                 predicted, self.before[: len(predicted)]
             ),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Images like those of the calibration set, and what the original network predicts of them."""
+
+    images: Images
+    reader: BatchReader
+    before: Tensor
+    """By class: there is one image of each."""
+
+    def score(self, network: nn.Module, calibration: Images) -> Measurement:
+        """Return how often the class is the original's on images of classes without calibration."""
+        rest = unused(self.images, calibration)
+        predicted = predictions(network, channels_last(self.reader.read_shard(rest)))
+        return {
+            "unused_images": len(rest.labels),
+            "agreement_fraction": fraction_equal(predicted, self.before[rest.labels]),
         }
 
 
@@ -161,54 +203,59 @@ class Pruned:
     seconds: dict[str, float]
 
 
-def ours(
-    model: nn.Module,
-    context: ScoringContext,
-    config: RunConfig,
-    target: str,
-) -> Pruned:
-    """Return the network after every step, and the seconds of each step."""
-    seconds: dict[str, float] = {}
-    section = config.plan.model_copy(update={"target": target})
-    config = config.model_copy(update={"plan": section})
-    with _timed(seconds, "score"):
-        plan_inputs = make_plan_inputs(
-            model,
-            context.dependencies,
-            context.plan_images,
-            context.criteria,
-            context.source,
-            config.score,
-            config.plan,
-        )[config.score.criterion]
-    with _timed(seconds, "plan"):
-        plan = plan_inputs.plan(parse_budget(target))
-    with _timed(seconds, "cut"):
-        smaller = apply_plan(model, context.dependencies, plan)
-    stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
-    with _timed(seconds, "refit"):
-        refit_and_check(
-            RefitInputs(model, smaller, context.dependencies, plan.removed, plan.ranks),
-            context.refit_images,
-            config.refit,
-            seed=config.seed,
-        )
-    if config.distill.epochs:
-        fit, held_out = context.parts
-        reader = context.reader
-        stages["distilled"] = copy.deepcopy(smaller)
-        with _timed(seconds, "distill"):
-            distill(
+class Ours:
+    """secateur on one network with one calibration set; the filters are scored once."""
+
+    def __init__(self, model: nn.Module, context: ScoringContext, config: RunConfig) -> None:
+        self._model, self.context, self._config = model, context, config
+        self._seconds: dict[str, float] = {}
+        with _timed(self._seconds, "score"):
+            self._plan_inputs = make_plan_inputs(
                 model,
-                stages["distilled"],
-                TrainingData(fit, reader.preprocessing, reader.unreadable, context.task),
-                partial(reader.read_shard, held_out),
-                config.distill,
-                seed=config.seed,
-                sums=residual_sums(context.dependencies, plan.removed),
+                context.dependencies,
+                context.plan_images,
+                context.criteria,
+                context.source,
+                config.score,
+                config.plan,
+            )[config.score.criterion]
+
+    def prune(self, target: str) -> Pruned:
+        """Return the network after every step, and the seconds of each step."""
+        seconds = dict(self._seconds)
+        dependencies = self.context.dependencies
+        with _timed(seconds, "plan"):
+            plan = self._plan_inputs.plan(parse_budget(target))
+        with _timed(seconds, "cut"):
+            smaller = apply_plan(self._model, dependencies, plan)
+        stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
+        with _timed(seconds, "refit"):
+            refit_and_check(
+                RefitInputs(self._model, smaller, dependencies, plan.removed, plan.ranks),
+                self.context.refit_images,
+                self._config.refit,
+                seed=self._config.seed,
             )
-    left = build_dependency_graph(smaller, context.example).macs() / context.dependencies.macs()
-    return Pruned(stages, left, seconds)
+        if self._config.distill.epochs:
+            stages["distilled"] = copy.deepcopy(smaller)
+            with _timed(seconds, "distill"):
+                self._distill(stages["distilled"], plan)
+        macs = build_dependency_graph(smaller, self.context.example).macs()
+        return Pruned(stages, macs / dependencies.macs(), seconds)
+
+    def _distill(self, smaller: nn.Module, plan: PruningPlan) -> None:
+        """Train a cut network on the calibration images, with the original as its teacher."""
+        context, reader = self.context, self.context.reader
+        fit, held_out = context.parts
+        distill(
+            self._model,
+            smaller,
+            TrainingData(fit, reader.preprocessing, reader.unreadable, context.task),
+            partial(reader.read_shard, held_out),
+            self._config.distill,
+            seed=self._config.seed,
+            sums=residual_sums(context.dependencies, plan.removed),
+        )
 
 
 @contextmanager
@@ -225,7 +272,11 @@ class Peers:
     """Torch-Pruning's cuts of one network; those by weights alone are made once."""
 
     def __init__(
-        self, model: nn.Module, dependencies: DependencyGraph, image: Tensor, check: Check
+        self,
+        model: nn.Module,
+        dependencies: DependencyGraph,
+        image: Tensor,
+        check: Check,
     ) -> None:
         self._model, self._image, self._check = model, image, check
         self._whole = {"inner": all_but_inner(model, dependencies)}
@@ -240,8 +291,12 @@ class Peers:
         target: str,
         batches: Sequence[Batch],
         gradients_of: Callable[[], Gradients],
+        agree: Callable[[nn.Module], Measurement],
     ) -> Measurement:
-        """Return the results of a measurement; `gradients_of` computes the gradients."""
+        """Return the results of a measurement.
+
+        `gradients_of` computes the gradients, and `agree` the agreement with the original network.
+        """
         criterion = method.method.removeprefix(PEER)
         ranking, channels = method.options.split(", ")
         if channels not in self._whole:
@@ -267,6 +322,7 @@ class Peers:
         return {
             **scores,
             **self._check.score("recalibrated", smaller),
+            **agree(smaller),
             "macs_left": cut.macs_left,
             "ratio": cut.ratio,
             "raised_layers": cut.raised,
@@ -302,98 +358,137 @@ def measured() -> list[Measurement]:
     return read_measurements(RESULTS, KEY)
 
 
+class PeerInputs(NamedTuple):
+    """What Torch-Pruning is given beside the network."""
+
+    batches: Sequence[Batch]
+    gradients_of: Callable[[], Gradients]
+    agree: Callable[[nn.Module], Measurement]
+
+
+class Study:
+    """One network of a study, and what its measurements share."""
+
+    def __init__(self, study: str, network: str, arguments: argparse.Namespace) -> None:
+        self._study, self._network, self._arguments = study, network, arguments
+        config, dataset, self._model = self._inputs("")
+        reader = make_reader(config)
+        batches = channels_last(reader.read_shard(dataset.test))
+        self._check = Check(batches, predictions(self._model, batches), CUT_IMAGES[study])
+        self._agreement: Agreement | None = None
+        if study == "imagenet":
+            sample = dataset.validation
+            before = predictions(self._model, channels_last(reader.read_shard(sample)))
+            # The images are in the order of their classes.
+            self._agreement = Agreement(sample, reader, before)
+        self.base = {
+            "base_fraction": fraction_equal(self._check.before, labels(batches)),
+            "images": len(dataset.test.labels),
+        }
+        self._peers: Peers | None = None
+        self._peer_inputs: dict[int, PeerInputs] = {}
+
+    def measure(self, method: Method, seed: int, targets: Sequence[str]) -> Iterator[Measurement]:
+        """Yield the results of a method for each target."""
+        if method.method == OURS:
+            context, config = self._context(method.options, seed)
+            pruner = Ours(self._model, context, config)
+            for target in targets:
+                pruned = pruner.prune(target)
+                measurement: Measurement = {
+                    "calibration_images": len(context.calibration.labels),
+                    "macs_left": pruned.macs_left,
+                    "seconds": pruned.seconds,
+                }
+                for stage, network in pruned.stages.items():
+                    measurement |= self._check.score(stage, network)
+                yield measurement | self._agree(context.calibration, pruned.stages["refit"])
+            return
+        if seed not in self._peer_inputs:
+            self._peer_inputs = {seed: self._make_peer_inputs(seed)}
+        assert self._peers is not None
+        batches, gradients_of, agree = self._peer_inputs[seed]
+        for target in targets:
+            count = {"calibration_images": sum(len(batch.labels) for batch in batches)}
+            yield count | self._peers.measure(method, target, batches, gradients_of, agree)
+
+    def _inputs(self, options: str) -> tuple[RunConfig, DataSet, nn.Module]:
+        """Return the configuration, the images and the network, with secateur's options."""
+        if self._study == "imagenet":
+            calibration = CALIBRATIONS[options or PEER_CALIBRATION]
+            config, dataset, model = load_study(self._network, self._arguments, calibration)
+            config = resolve_config(config, dataset, model)
+        else:
+            config, dataset, model = load_inputs(self._study, self._network, self._arguments)
+        config = config.model_copy(update={"refit": RefitSection()})
+        if options in FEW:
+            few = {"calibration_images": FEW[options]}
+            config = config.model_copy(update={"data": config.data.model_copy(update=few)})
+        if options == NO_IMAGES:
+            none = {"source": SYNTHETIC}
+            config = config.model_copy(update={"data": config.data.model_copy(update=none)})
+            dataset = inputs.load_inputs(config)[0]
+        if options in SETTINGS:
+            tables = config.model_dump(mode="json", exclude_none=True)
+            for section, values in SETTINGS[options].items():
+                tables.setdefault(section, {}).update(values)
+            config = from_dict(tables, RunConfig)
+        return config, dataset, model
+
+    def _context(self, options: str, seed: int) -> tuple[ScoringContext, RunConfig]:
+        """Return what is pruned on; the calibration set is what differs between seeds."""
+        config, dataset, _ = self._inputs(options)
+        config = config.model_copy(update={"seed": seed})
+        names = (config.score.criterion,)
+        context = make_scoring_context(
+            self._model, dataset, config, criterion_names=names, is_extended=True
+        )
+        return context, config
+
+    def _agree(self, calibration: Images, network: nn.Module) -> Measurement:
+        return {} if self._agreement is None else self._agreement.score(network, calibration)
+
+    def _make_peer_inputs(self, seed: int) -> PeerInputs:
+        context, _ = self._context("", seed)
+        if self._peers is None:
+            image = context.example[:1]
+            self._peers = Peers(self._model, context.dependencies, image, self._check)
+        batches = channels_last(context.reader.read_shard(context.calibration))
+        gradients_of = cache(partial(gradients, self._model, [batch.images for batch in batches]))
+        return PeerInputs(batches, gradients_of, partial(self._agree, context.calibration))
+
+
 def measure(study: str, network: str, arguments: argparse.Namespace) -> None:
     """Append the missing measurements of a network, seed by seed."""
     known = {key_of(measurement, KEY) for measurement in measured()}
-    wanted = [
-        (seed, target, method)
-        for seed in range(arguments.seeds)
-        for target in TARGETS[study]
-        for method in methods(study)
-        if fnmatch.fnmatch(_name(method), arguments.only)
-        and fnmatch.fnmatch(target, arguments.targets)
-        and (network in FEW_STUDIED or method.options not in (*FEW, NO_IMAGES))
-        and (study, network, seed, target, method.method, method.options) not in known
-    ]
-    if not wanted:
-        return
-    config, dataset, model = load_inputs(study, network, arguments)
-    config = config.model_copy(update={"refit": RefitSection()})
-    batches = channels_last(make_reader(config).read_shard(dataset.test))
-    check = Check(batches, predictions(model, batches))
-    base = {
-        "base_fraction": fraction_equal(check.before, labels(batches)),
-        "images": len(dataset.test.labels),
-    }
     origin = _origin(study)
-    peers: Peers | None = None
-    for seed, group in itertools.groupby(wanted, key=lambda item: item[0]):
-        # The held-out images are the same for every seed; the calibration set is what differs.
-        config = config.model_copy(update={"seed": seed})
-        context = make_scoring_context(
-            model, dataset, config, criterion_names=(config.score.criterion,)
-        )
-        calibration = channels_last(context.reader.read_shard(context.calibration))
-        peers = peers or Peers(model, context.dependencies, context.example[:1], check)
-        gradients_of = cache(partial(gradients, model, [batch.images for batch in calibration]))
-        for _, target, method in group:
-            method_context, method_config = context, _configured(config, method, dataset)
-            if method_config != config:
-                has_images = method.options != NO_IMAGES
-                method_context = make_scoring_context(
-                    model,
-                    dataset if has_images else inputs.load_inputs(method_config)[0],
-                    method_config,
-                    criterion_names=(method_config.score.criterion,),
-                    is_extended=True,
-                )
-            if method.method == OURS:
-                pruned = ours(model, method_context, method_config, target)
-                measurement = _our_measurement(pruned, check)
-            else:
-                measurement = peers.measure(method, target, calibration, gradients_of)
+    this: Study | None = None
+    for seed, method in itertools.product(range(arguments.seeds), methods(study)):
+        identity = {"method": method.method, "options": method.options}
+        targets = [
+            target
+            for target in TARGETS[study]
+            if fnmatch.fnmatch(target, arguments.targets)
+            and (study, network, seed, target, *identity.values()) not in known
+        ]
+        is_wanted = fnmatch.fnmatch(_name(method), arguments.only)
+        if not targets or not is_wanted or _is_left_out(study, network, seed, method):
+            continue
+        this = this or Study(study, network, arguments)
+        for target, measurement in zip(targets, this.measure(method, seed, targets), strict=True):
             head = {"study": study, "network": network, "seed": seed, "target": target}
-            identity = {"method": method.method, "options": method.options}
-            count = {"calibration_images": len(method_context.calibration.labels)}
-            append_measurement(RESULTS, head | identity | base | count | measurement | origin)
+            append_measurement(RESULTS, head | identity | this.base | measurement | origin)
 
 
-def _configured(config: RunConfig, method: Method, dataset: DataSet) -> RunConfig:
-    """Return the configuration with a method's option."""
-    if method.options == ALL_IMAGES:
-        all_images = {"calibration_images": len(dataset.train.labels)}
-        return config.model_copy(update={"data": config.data.model_copy(update=all_images)})
-    if method.options in FEW:
-        few = {"calibration_images": FEW[method.options]}
-        return config.model_copy(update={"data": config.data.model_copy(update=few)})
-    if method.options == NO_IMAGES:
-        none = {"source": SYNTHETIC}
-        return config.model_copy(update={"data": config.data.model_copy(update=none)})
-    if method.options in CRITERIA:
-        criterion = {"criterion": method.options}
-        return config.model_copy(update={"score": config.score.model_copy(update=criterion)})
-    if method.options in (RANK, RANK_DISTILLED):
-        section = config.plan.model_copy(update={"actions": ("channels", "rank")})
-        config = config.model_copy(update={"plan": section})
-    if method.options in (DISTILLED, RANK_DISTILLED):
-        distilling = config.distill.model_copy(update={"epochs": DISTILL_EPOCHS})
-        return config.model_copy(update={"distill": distilling})
-    if method.options == FAST:
-        tables = config.model_dump(mode="json", exclude_none=True)
-        tables["score"]["fast"] = True
-        return from_dict(tables, RunConfig)
-    return config
+def _is_left_out(study: str, network: str, seed: int, method: Method) -> bool:
+    """Return whether a method is not measured on a network, or not with this calibration set."""
+    if study == "imagenet":
+        return method.method != OURS and seed >= PEER_SEEDS
+    return network not in FEW_STUDIED and method.options in (*FEW, NO_IMAGES)
 
 
 def _name(method: Method) -> str:
     return ", ".join(filter(None, (method.method, method.options)))
-
-
-def _our_measurement(pruned: Pruned, check: Check) -> Measurement:
-    measurement: Measurement = {"macs_left": pruned.macs_left, "seconds": pruned.seconds}
-    for stage, network in pruned.stages.items():
-        measurement |= check.score(stage, network)
-    return measurement
 
 
 def _origin(study: str) -> Measurement:
@@ -422,7 +517,7 @@ def measure_cost(network: str, arguments: argparse.Namespace) -> None:
     with _timed(seconds, "forward"), torch.inference_mode():
         for batch in context.reader.read_shard(context.calibration):
             model(batch.images)
-    pruned = ours(model, context, config, COST_TARGET)
+    pruned = Ours(model, context, config).prune(COST_TARGET)
     seconds |= pruned.seconds
     total = sum(seconds.values()) - seconds["forward"]
     results = {
@@ -441,8 +536,6 @@ def _cost_inputs(network: str, data: Path, weights: str) -> tuple[RunConfig, Dat
         folders = argparse.Namespace(data=data / "cifar10", weights=weights)
         config, dataset, model = load_inputs("cifar10", network, folders)
         return config.model_copy(update={"refit": RefitSection()}), dataset, model
-    from imagenet import BATCH_SIZE, read_images
-
     config = RunConfig.model_validate(
         {
             "model": {"name": network},
@@ -480,21 +573,21 @@ def table(study: str, measurements: list[Measurement]) -> str:
     heads = [f"{network} {target.removeprefix('macs=')}" for network, target in settings]
     lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---|' * len(heads)}"]
     columns = [[c for c in mine if (c["network"], c["target"]) == setting] for setting in settings]
-    ranked = []
+    ranked: list[tuple[bool, float, str]] = []
     for method in methods(study):
         method_columns = [[c for c in column if _method(c) == method] for column in columns]
         if any(method_columns):
             texts = [_text(column, study) for column in method_columns]
             mean = statistics.mean(_mean(column) if column else 0.0 for column in method_columns)
-            ranked.append(
-                (method.method != OURS, -mean, f"| {_name(method)} | {' | '.join(texts)} |")
-            )
+            is_peer = method.method != OURS
+            # secateur's calibration sets stay in order: first those without the tested classes.
+            place = len(ranked) if study == "imagenet" and not is_peer else -mean
+            ranked.append((is_peer, place, f"| {_name(method)} | {' | '.join(texts)} |"))
     lines += [line for *_, line in sorted(ranked)]
     lines += ["", *_losses(columns, heads, study), ""]
-    images, count = (
-        mine[0]["images"],
-        min(m["calibration_images"] for m in mine if m["options"] not in OPTIONS[study]),
-    )
+    images = mine[0]["images"]
+    kinds = {m["calibration_images"] for m in mine if m["options"] in ("", *CALIBRATIONS)}
+    count = " or ".join(map(str, sorted(kinds)))
     seeds = sorted({len({measurement["seed"] for measurement in column}) for column in columns})
     off = max(abs(measurement["macs_left"] - _fraction(measurement)) for measurement in mine)
     lines.append(
@@ -538,27 +631,40 @@ def _text(column: list[Measurement], study: str) -> str:
     values = [100 * measurement[f"{last}_fraction"] for measurement in column]
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     cut = statistics.mean(100 * measurement["cut_fraction"] for measurement in column)
-    same_class = statistics.mean(
-        100 * measurement[f"{last}_same_class_fraction"] for measurement in column
-    )
-    suffix = f" ({same_class:.1f})" if study == "imagenet" else ""
+    suffix = f" ({_agreement(column):.1f})" if study == "imagenet" else ""
     return f"{cut:.1f} → {statistics.mean(values):.2f}{spread}{suffix}"
 
 
+def _agreement(column: list[Measurement]) -> float:
+    """Return the mean agreement with the original in % on unused images."""
+    values: list[float] = [100 * measurement["agreement_fraction"] for measurement in column]
+    return statistics.mean(values)
+
+
 def _losses(columns: list[list[Measurement]], heads: list[str], study: str) -> Iterator[str]:
-    """Yield the points lost by secateur and by the best peer of each setting, and their ratio."""
-    yield "| setting | before | lost by secateur | lost by the best of Torch-Pruning | ratio |"
-    yield "|---|---|---|---|---|"
+    """Yield the points lost by secateur and by the best peer of each setting.
+
+    On ImageNet networks secateur has a column for each kind of calibration set; elsewhere the ratio
+    of both losses is shown.
+    """
+    is_imagenet = study == "imagenet"
+    options = list(CALIBRATIONS) if is_imagenet else [""]
+    names = [f"lost by secateur{', ' * bool(option)}{option}" for option in options]
+    ends = ["lost by the best of Torch-Pruning", *([] if is_imagenet else ["ratio"])]
+    yield f"| setting | before | {' | '.join([*names, *ends])} |"
+    yield f"|---|---|{'---|' * len([*names, *ends])}"
     for column, head in zip(columns, heads, strict=True):
         before = 100 * column[0]["base_fraction"]
-        ours_here = [measurement for measurement in column if _method(measurement) == Method(OURS)]
+        by_option = [[c for c in column if _method(c) == Method(OURS, o)] for o in options]
         best = _best_peer(column, study)
-        lost = before - _mean(ours_here) if ours_here else None
-        theirs = before - _mean(best) if best else None
-        name = f" ({best[0]['method'].removeprefix(PEER)}, {best[0]['options']})" if best else ""
-        ratio = "–" if lost is None or theirs is None else f"{lost / theirs:.2f}"
-        texts = ["–" if points is None else f"{points:.2f}" for points in (lost, theirs)]
-        yield f"| {head} | {before:.2f} | {texts[0]} | {texts[1]}{name} | {ratio} |"
+        losses = [before - _mean(part) if part else None for part in (*by_option, best)]
+        texts = ["–" if points is None else f"{points:.2f}" for points in losses]
+        if best:
+            texts[-1] += f" ({best[0]['method'].removeprefix(PEER)}, {best[0]['options']})"
+        if not is_imagenet:
+            lost, theirs = losses
+            texts.append("–" if lost is None or theirs is None else f"{lost / theirs:.2f}")
+        yield f"| {head} | {before:.2f} | {' | '.join(texts)} |"
 
 
 def _left_out(measurements: list[Measurement]) -> Iterator[str]:

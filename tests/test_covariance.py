@@ -56,3 +56,18 @@ def test_nan_is_refused() -> None:
     rows = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(DataError, match="'conv1' holds values that are not finite"):
         quantize(rows, torch.ones(2), "conv1")
+
+
+def test_a_part_of_the_rows_is_taken_out_and_measured_about_the_mean_of_the_others() -> None:
+    rows = torch.randint(-50, 50, (9, 3), generator=torch.Generator().manual_seed(2)).float()
+    unit = torch.tensor([0.5, 1.0, 2.0])
+    together, part = SecondMoments(3), SecondMoments(3)
+    assert part.is_empty
+    together.update(rows)
+    part.update(rows[6:])
+    rest = together.without(part)
+    values = rows * unit.double()
+    assert not part.is_empty
+    torch.testing.assert_close(rest.mean(unit), values[:6].mean(0))
+    away = values[6:] - values[:6].mean(0)
+    torch.testing.assert_close(part.about(rest.mean(unit), unit), away.T @ away / 3)

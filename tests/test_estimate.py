@@ -95,7 +95,7 @@ def test_second_moments_fit_in_memory(model: nn.Module, images: Tensor) -> None:
     assert {window.taps for window in criterion._windows.values()} == {1}
     values = [8, 12]
     needed = reconstruction.moments_bytes(values) + reconstruction.elimination_bytes(values)
-    assert needed == 8 * (81 + 169) + 40 * 144
+    assert needed == 24 * (81 + 169) + 64 * 144
 
 
 def test_a_likely_cut_meets_the_target(dependencies: DependencyGraph) -> None:

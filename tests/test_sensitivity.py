@@ -22,13 +22,12 @@ from secateur.pruning import sensitivity
 from secateur.pruning.ranking import Ranking, rank
 from secateur.pruning.sensitivity import is_read_apart, measure_sensitivity
 from secateur.scoring import criteria
-from secateur.scoring.criteria import reconstruction
 from secateur.scoring.criteria.reconstruction import (
     Reconstruction,
     group_error_curve,
     reconstruct_channels,
 )
-from secateur.scoring.scores import score_filters, scores_of
+from secateur.scoring.scores import score_filters
 
 SETTINGS = ScoreSection()
 IMAGES = torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -66,22 +65,6 @@ def test_sensitivity_grows_with_the_number_of_removed_channels(name: str) -> Non
     assert any(curve[-1] > 0 for curve in measured.values())
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "grouped"])
-def test_the_errors_of_its_own_order_are_known_from_the_elimination(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, dependencies, moments, _ = moments_and_ranking(name)
-    ranking = rank(scores_of(moments, dependencies), dependencies, "reconstruction")
-    single = {n: g for n, g in dependencies.groups.items() if len(g.taps) == 1}
-    with monkeypatch.context() as patch:
-        patch.setattr(reconstruction, "error_curve", None)
-        known = {n: group_error_curve(g, moments, ranking.order[n]) for n, g in single.items()}
-    moments._eliminations.clear()
-    for group, curve in known.items():
-        computed = group_error_curve(single[group], moments, ranking.order[group])
-        torch.testing.assert_close(curve, computed, rtol=1e-6, atol=1e-9 * float(computed[-1]))
-
-
 def test_batches_do_not_change_the_error_gains() -> None:
     model, dependencies, moments, ranking = moments_and_ranking("residual")
     state = tensors_of(model)
@@ -93,18 +76,21 @@ def test_batches_do_not_change_the_error_gains() -> None:
 
 
 def test_the_error_curve_is_the_consumers_squared_error(generator: torch.Generator) -> None:
-    """Against least squares from scratch, on the positions that the moments were taken at."""
+    """Least squares of the images that are fitted to, and the error on those that are not."""
     model, dependencies, moments, ranking = moments_and_ranking("chain")
     group = dependencies.groups["conv2"]  # read by the linear layer, after pooling
     curve = group_error_curve(group, moments, ranking.order["conv2"])
     assert isinstance(model, nn.Module)
     kernel = tensors_of(model)["linear.weight"].double()
-    covariance = moments._samples["conv2"].covariance()
+    sample = moments._samples["conv2"]
+    fitted = sample.moments.without(sample.held_out)
+    covariance = fitted.covariance(sample.units)
+    others = sample.held_out.about(fitted.mean(sample.units), sample.units)
     for removed in (1, 3, 6):
         kept = ranking.order["conv2"][:-removed]
-        inner = covariance[kept][:, kept]
-        explained = covariance[:, kept] @ torch.linalg.pinv(inner) @ covariance[kept]
-        error = float((kernel @ (covariance - explained) * kernel).sum())
+        missed = torch.eye(len(covariance), dtype=torch.float64)
+        missed[:, kept] -= covariance[:, kept] @ torch.linalg.pinv(covariance[kept][:, kept])
+        error = float((kernel @ (missed @ others @ missed.T) * kernel).sum())
         assert float(curve[removed]) == pytest.approx(error, rel=0.05, abs=1e-3 * float(curve[-1]))
 
 

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 import peer
 import training_free
+from imagenet import unused
 from measurements import Measurement
 from networks import make_network, random_images
 from peer_search import SHORTFALL, cut_to, gradients
+from secateur.data import TensorImages
 from secateur.graph.build import build_dependency_graph
 from secateur.models.evaluate import count_macs
 from training_free import all_but_inner, measured, page, readme, table
@@ -84,6 +86,42 @@ def test_losses_are_compared_with_the_best_peer() -> None:
     assert "| torch-pruning l1, global, inner | 30.0 → 80.00 ± 1.41 |" in text
     assert "| resnet20 0.7 | 90.00 | 2.00 | 10.00 (l1, global, inner) | 0.20 |" in text
     assert "- resnet20, it broke: l2 (global, all)" in text
+
+
+def test_networks_calibrated_without_the_tested_classes_come_first() -> None:
+    def row(method: str, options: str, last: str, top1: float) -> Measurement:
+        return {
+            **measurement_of(method, options, 0, last, top1),
+            "study": "imagenet",
+            "network": "squeezenet1_1",
+            "target": "macs=0.8",
+            "agreement_fraction": 0.75,
+            "macs_left": 0.8,
+        }
+
+    text = table(
+        "imagenet",
+        [
+            row("torch-pruning l1", "uniform, inner", "recalibrated", 0.4),
+            row("secateur", "300 images, tested classes", "refit", 0.89),
+            row("secateur", "300 images", "refit", 0.87),
+        ],
+    )
+    names = [line.split(" |")[0] for line in text.splitlines()[2:5]]
+    assert names == [
+        "| secateur, 300 images",
+        "| secateur, 300 images, tested classes",
+        "| torch-pruning l1, uniform, inner",
+    ]
+    assert "| 30.0 → 87.00 (75.0) |" in text
+    assert (
+        "| squeezenet1_1 0.8 | 90.00 | 3.00 | – | 1.00 | – | 50.00 (l1, uniform, inner) |" in text
+    )
+
+
+def test_unused_images_are_of_classes_that_calibration_does_not_show() -> None:
+    images = TensorImages(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.arange(4))
+    assert unused(images, images.take(torch.tensor([2, 0]))).labels.tolist() == [1, 3]
 
 
 def test_pages_are_those_of_the_result_file() -> None:

@@ -57,9 +57,20 @@ class SecondMoments:
         weighted = values if weights is None else values * weights.double()[:, None]
         self._sums.addmm_(weighted.T, values)
 
+    def without(self, part: SecondMoments) -> SecondMoments:
+        """Return the sums without a part of the rows."""
+        rest = SecondMoments(0)
+        rest._sums = self._sums - part._sums
+        return rest
+
     def state(self) -> Iterable[Tensor]:
         """Return the sums over images; see `Observer.state`."""
         return (self._sums,)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row was added."""
+        return not bool(self._sums[-1, -1] > 0)
 
     def raw(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value value"]:
         """Return the mean products of values, in their original scale."""
@@ -73,6 +84,14 @@ class SecondMoments:
         products = self._sums[:-1, :-1][part, part]
         covariance = products.addr(totals, totals / self._count, alpha=-1)
         return covariance.mul_(units[:, None]).mul_(units)
+
+    def about(
+        self, mean: Float[Tensor, "value"], unit: Float[Tensor, "value"]
+    ) -> Float[Tensor, "value value"]:
+        """Return the mean products of values less another mean than their own."""
+        centre = self.mean(unit)
+        products = self.raw(unit)
+        return products.addr_(centre, mean, alpha=-1).addr_(mean, mean - centre)
 
     def mean(self, unit: Float[Tensor, "value"]) -> Float[Tensor, "value"]:
         """Return the mean values, in their original scale."""

@@ -19,8 +19,9 @@ from torch import Tensor
 from secateur.graph.patches import PositionSampling
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
 
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Ridge strengths to choose from, as multiples of the inputs' mean variance."""
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e6)
+"""Ridge strengths to choose from, as multiples of the inputs' mean variance. Where images are few
+for many inputs, the best one is large; with the largest the offset alone is estimated."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def best_of(candidates: Sequence[Candidate], errors: Sequence[float]) -> tuple[C
 def descend(count: int, error_of: Callable[[int], float]) -> None:
     """Call `error_of` for numbers below `count`, as long as the error falls.
 
-    It starts at two thirds, where the best ridge mostly is, and first goes up; it goes down if
+    It starts before the middle, where the best ridge mostly is, and first goes up; it goes down if
     nothing was gained there. A number is tried once.
     """
     errors: dict[int, float] = {}
@@ -102,7 +103,7 @@ def descend(count: int, error_of: Callable[[int], float]) -> None:
             errors[number] = value if math.isfinite(value) else math.inf
         return errors[number]
 
-    start = number = 2 * count // 3
+    start = number = 4 * count // 9
     for step in (1, -1):
         while 0 <= number + step < count and error(number + step) < error(number):
             number += step

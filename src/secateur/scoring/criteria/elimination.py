@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -15,22 +14,12 @@ ROUNDS = 128
 """Layers with more filters remove several at a time, so that there are about this many rounds."""
 
 
-@dataclass(frozen=True, eq=False)
-class Elimination:
-    """In which order filters are removed, and what that costs."""
-
-    order: list[int]
-    errors: Float[Tensor, "count"]
-    """The consumers' summed squared error without 0, 1, … up to all filters; see `error_curve`.
-    They are not finite where rounding outweighs a covariance of next to nothing."""
-
-
 def eliminate(
     covariance: Float[Tensor, "value value"],
     consumers: Float[Tensor, "output value"],
     filters: int,
     norm_weights: Float[Tensor, "filter"] | None = None,
-) -> Elimination:
+) -> list[int]:
     """Return the order in which filters are removed if each step removes the least missed.
 
     A filter has one value for each offset of a patch (`value = offset * filters + filter`). With W
@@ -48,7 +37,6 @@ def eliminate(
     inverse = _inverse(_by_filter(_by_filter(covariance, filters).T, filters))
     remaining = list(range(filters))  # the filter at each place
     order: list[int] = []
-    costs_in_order: list[Tensor] = []
     at_a_time = max(1, filters // ROUNDS)
     while remaining:
         count = len(remaining)
@@ -61,7 +49,6 @@ def eliminate(
         order += [remaining[place] for place in removed]
         gone = _values_at(removed, offsets)
         rows, gone_weights = inverse[gone], weights[gone]
-        costs_in_order.append(_costs_one_by_one(rows[:, gone], gone_weights, offsets))
         passed = torch.linalg.solve(rows[:, gone], rows)
         left = count - len(removed)
         free = sorted(place for place in removed if place < left)
@@ -76,22 +63,7 @@ def eliminate(
         weights, inverse = weights[:size], inverse[:size, :size]
         weights.addmm_(passed[:, :size].T, gone_weights, alpha=-1)
         inverse.addmm_(rows[:, :size].T, passed[:, :size], alpha=-1)
-    costs = torch.cat([weights.new_zeros(1), *costs_in_order])
-    return Elimination(order, costs.cumsum(0).cpu())
-
-
-def _costs_one_by_one(
-    inverse: Float[Tensor, "value value"], weights: Float[Tensor, "value output"], offsets: int
-) -> Float[Tensor, "filter"]:
-    """Return what each of some filters costs that are removed together, one after the other.
-
-    `inverse` and `weights` are their parts of P and W' (`eliminate`). With L the Cholesky factor of
-    the first, the costs are the squares of the rows of L^-1 W'.
-    """
-    factor, failed = torch.linalg.cholesky_ex(inverse)
-    rows = torch.linalg.solve_triangular(factor, weights, upper=False)
-    costs: Tensor = rows.square().sum(1).unflatten(0, (-1, offsets)).sum(1)
-    return costs.fill_(torch.nan) if failed else costs
+    return order
 
 
 def _by_filter(matrix: Tensor, filters: int) -> Tensor:
@@ -127,6 +99,7 @@ def error_curve(
     covariance: Float[Tensor, "value value"],
     consumers: Float[Tensor, "output value"],
     ranking: Sequence[int],
+    held_out: Float[Tensor, "value value"] | None = None,
 ) -> Float[Tensor, "count"]:
     """Return the consumers' summed squared error without 0, 1, … up to all filters.
 
@@ -134,13 +107,26 @@ def error_curve(
     filters in the order of `ranking` and L the Cholesky factor of their covariance, what the first
     filters can't predict of the rest r has the covariance L_rr L_rr'. So removing the filters from
     one on costs the squares of the columns of (consumers L) from that filter's on.
+
+    These are errors on the images that the prediction is estimated from. With `held_out`, the
+    covariance of other images about the means of the first ones, they are those on the others. The
+    parts that can't be predicted then have the covariance L_rr Z_rr L_rr' with
+    Z = L^-1 held_out L^-1', and not the identity in its place. Such errors may fall where one more
+    filter goes; then it counts as no gain.
     """
     filters = len(ranking)
     order = torch.arange(len(covariance)).reshape(-1, filters).T[torch.tensor(ranking)].flatten()
     factor = torch.linalg.cholesky(with_ridge(covariance[order][:, order]))
-    columns = (_fewest_rows(consumers.double()[:, order]) @ factor).square().sum(0)
-    by_filter = columns.reshape(filters, -1).sum(1)
-    return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
+    columns = _fewest_rows(consumers.double()[:, order]) @ factor
+    if held_out is None:
+        by_filter = columns.square().sum(0).reshape(filters, -1).sum(1)
+        return torch.cat([by_filter.new_zeros(1), by_filter.flip(0).cumsum(0)])
+    half = torch.linalg.solve_triangular(factor, held_out[order][:, order], upper=False)
+    products = torch.linalg.solve_triangular(factor, half.mT, upper=False)
+    products *= columns.mT @ columns
+    by_pair = products.reshape(filters, -1, filters, len(products) // filters).sum((1, 3))
+    errors = by_pair.flip(0, 1).cumsum(0).cumsum(1).diagonal()
+    return torch.cat([errors.new_zeros(1), errors]).cummax(0).values
 
 
 def with_ridge(covariance: Tensor) -> Tensor:

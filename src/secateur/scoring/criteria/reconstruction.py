@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from secateur.data.splits import is_held_out
 from secateur.graph.groups import Group
 from secateur.graph.input_edit import ChannelReconstruction
 from secateur.graph.patches import Window
@@ -21,7 +22,7 @@ from secateur.graph.taps import Kernels, taps_of
 from secateur.runtime.errors import UsageError
 from secateur.scoring.covariance import SecondMoments, quantization_unit, quantize
 from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Regions
-from secateur.scoring.criteria.elimination import Elimination, eliminate, error_curve, with_ridge
+from secateur.scoring.criteria.elimination import eliminate, error_curve, with_ridge
 from secateur.scoring.criteria.kernels import l1, mean_over_producers
 from secateur.scoring.criteria.votes import VoteSettings
 
@@ -77,67 +78,76 @@ class Reconstruction:
         self._kernels: Mapping[str, Kernels] = {}
         self._windows: dict[str, Window] = {}
         self._samples: dict[str, _Sample] = {}
-        self._eliminations: dict[str, Elimination] = {}
 
     def reset(self, taps: Mapping[str, Kernels]) -> None:
         """Start anew; see `Observer.reset`."""
         self._kernels = taps
         self._windows = patch_windows(taps, self._memory_bytes)
-        self._samples, self._eliminations = {}, {}
+        self._samples = {}
 
     def update(self, features: FeatureBatch) -> DeferredUpdate | None:
         """Add patches at sampled positions; with vote settings their weights need the concepts."""
         if features.tap not in self._samples:
-            self._samples[features.tap] = _sample_of(features, self._windows[features.tap])
+            self._samples[features.tap] = _sample_of(
+                features, self._windows[features.tap], has_votes=self._vote is not None
+            )
         sample, vote = self._samples[features.tap], self._vote
         rows, columns = sample.window.positions(*features.maps.shape[2:])
         positions = _spread(features.indices, rows, columns, sample.positions)
         images = torch.arange(len(features.maps))
         # [image, position, value]
         patches = sample.window.patches(features.maps, positions, images)
-        patches = quantize(patches, sample.units, features.tap).flatten(0, 1)
+        patches = quantize(patches, sample.units, features.tap)
+        held_out = is_held_out(features.indices)
+        counted = patches if vote is None else patches[:, : sample.fewest]
+        sample.moments.update(counted.flatten(0, 1))
+        sample.held_out.update(counted[held_out].flatten(0, 1))
         if vote is None:
-            sample.moments.update(patches)
             return None
 
         def add_weighted(regions: Regions) -> None:
             masks = regions.masks_at((rows, columns))
             inside = masks.flatten(2).float()  # [image, region, position]
             weights = torch.einsum("irp,ir->ip", inside, vote.weigh(regions.concepts).float())
-            chosen = positions.to(weights.device)
-            weights = (weights.gather(1, chosen) * WEIGHT_UNITS).round()
-            sample.moments.update(patches, weights.flatten())
+            index = positions.to(weights.device)
+            weights = (weights.gather(1, index) * WEIGHT_UNITS).round()
+            sample.votes.update(patches.flatten(0, 1), weights.flatten())
 
         return add_weighted
 
     def state(self) -> Iterable[Tensor]:
         """Return the sums over images; see `Observer.state`."""
-        return (tensor for sample in self._samples.values() for tensor in sample.moments.state())
+        return (tensor for sample in self._samples.values() for tensor in sample.state())
 
     def compute(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the places: the filter that is removed first has 0."""
         kernels, sample = self._kernels[tap], self._samples[tap]
         norm_weights = None if self._vote is None else _norm_weights(tap, kernels)
         consumers = _consumers(kernels, sample.window)
-        elimination = eliminate(sample.covariance(), consumers, kernels.filters, norm_weights)
-        self._eliminations[tap] = elimination
+        order = eliminate(
+            sample.votes.covariance(sample.units), consumers, kernels.filters, norm_weights
+        )
         places = torch.zeros(kernels.filters, dtype=torch.float64)
-        places[torch.tensor(elimination.order)] = torch.arange(kernels.filters, dtype=torch.float64)
+        places[torch.tensor(order)] = torch.arange(kernels.filters, dtype=torch.float64)
         return places
 
     def errors(self, tap: str, ranking: Sequence[int]) -> Float[Tensor, "count"]:
         """Return the consumers' summed squared error without 0, 1, … up to all filters of a tap.
 
         Filters are removed in reverse order of `ranking`, and reconstructed by least squares from
-        the remaining ones. No further pass is needed, whatever the ranking.
+        the remaining ones. The least squares are those of four fifths of the images, and the error
+        is that on the others: on the same images, the error of a layer with many filters is that of
+        a fit to noise. No further pass is needed, whatever the ranking.
+
+        Of fewer than five images none is held out; then all of them give both.
         """
-        elimination = self._eliminations.get(tap)
-        if elimination is not None and elimination.order == [*reversed(ranking)]:
-            errors = elimination.errors.cpu()
-            if bool(errors.isfinite().all()):
-                return errors
         kernels, sample = self._kernels[tap], self._samples[tap]
-        return error_curve(sample.covariance(), _consumers(kernels, sample.window), ranking).cpu()
+        consumers = _consumers(kernels, sample.window)
+        if not sample.held_out.is_empty:
+            fitted = sample.moments.without(sample.held_out)
+            held_out = sample.held_out.about(fitted.mean(sample.units), sample.units)
+            return error_curve(fitted.covariance(sample.units), consumers, ranking, held_out).cpu()
+        return error_curve(sample.covariance(), consumers, ranking).cpu()
 
     def mean(self, tap: str) -> Float[Tensor, "filter"]:
         """Return the mean activations of a tap's filters."""
@@ -170,8 +180,21 @@ class _Sample:
     window: Window
     positions: int
     """Number of positions from each image, where its maps have so many."""
+    fewest: int
+    """Number of positions from each image that suffice if all of them count alike."""
     units: Float[Tensor, "value"]
     moments: SecondMoments
+    """Those of all positions alike."""
+    held_out: SecondMoments
+    """The part of the moments that the held-out images have (`data.is_held_out`)."""
+
+    votes: SecondMoments
+    """The moments weighed by votes; without vote settings, `moments`."""
+
+    def state(self) -> Iterable[Tensor]:
+        """Return the sums over images; see `Observer.state`."""
+        kinds = {id(kind): kind for kind in (self.moments, self.held_out, self.votes)}
+        return (tensor for kind in kinds.values() for tensor in kind.state())
 
     def covariance(self, part: slice = slice(None)) -> Float[Tensor, "part part"]:
         """Return the covariance of the values, or of a part of them."""
@@ -184,7 +207,7 @@ class _Sample:
         return slice(offset * filters, (offset + 1) * filters)
 
 
-def _sample_of(features: FeatureBatch, window: Window) -> _Sample:
+def _sample_of(features: FeatureBatch, window: Window, *, has_votes: bool) -> _Sample:
     """Return what to sample of a tap, at best by `window`, in view of how many images there are."""
     kernels, statistics = features.kernels, features.statistics
     assert statistics is not None
@@ -193,8 +216,12 @@ def _sample_of(features: FeatureBatch, window: Window) -> _Sample:
     if not has_patches_enough(window.taps * kernels.filters, images, positions):
         window = SINGLE
     units = quantization_unit(statistics).repeat(window.taps)
-    moments = SecondMoments(len(units), kernels.device)
-    return _Sample(window, positions_of_image(kernels.filters, images), units, moments)
+    positions = positions_of_image(kernels.filters, images)
+    fewest = -(-max(FEWEST_POSITIONS, POSITIONS_PER_VALUE * len(units)) // images)
+    moments, held_out, votes = (SecondMoments(len(units), kernels.device) for _ in range(3))
+    return _Sample(
+        window, positions, fewest, units, moments, held_out, votes if has_votes else moments
+    )
 
 
 def has_patches_enough(values: int, images: int, positions: int) -> bool:
@@ -244,16 +271,20 @@ def patch_windows(taps: Mapping[str, Kernels], memory_bytes: float) -> dict[str,
 
 
 def moments_bytes(values: Sequence[int]) -> int:
-    """Return the memory of second moments of patches with so many values each."""
-    return 8 * sum((count + 1) ** 2 for count in values)
+    """Return the memory of second moments of patches with so many values each.
+
+    They are those of all positions, of the held-out images, and weighed by votes.
+    """
+    return 8 * 3 * sum((count + 1) ** 2 for count in values)
 
 
 def elimination_bytes(values: Sequence[int]) -> int:
     """Return the memory of the largest elimination, beside the moments.
 
     It holds a covariance, the same by filter, its factor, its inverse and the consumers' weights.
+    The error curve holds the sums and covariances of both parts of the images, and their products.
     """
-    return 8 * 5 * max(values, default=0) ** 2
+    return 8 * 8 * max(values, default=0) ** 2
 
 
 def _window(kernels: Kernels) -> Window:
