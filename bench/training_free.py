@@ -730,16 +730,21 @@ def fast_table(measurements: list[Measurement]) -> str:
 
 def summary(measurements: list[Measurement]) -> str:
     """Return the mean top-1 in % on CIFAR-10, of secateur and of the best peer."""
-    names = [target.removeprefix("macs=") for target in TARGETS["cifar10"]]
-    heads = [f"{tool} {name}" for tool in ("secateur", "best of Torch-Pruning") for name in names]
-    lines = [f"| MACs left | before | {' | '.join(heads)} |", f"|---|---|{'---|' * len(heads)}"]
+    targets = TARGETS["cifar10"]
+    heads = " | ".join(target.removeprefix("macs=") for target in targets)
+    lines = [f"| network, before | MACs left: | {heads} |", f"|---|---|{'---|' * len(targets)}"]
     for network in networks_of("cifar10"):
         mine = [c for c in measurements if c["network"] == network and "cut_fraction" in c]
-        columns = [[c for c in mine if c["target"] == target] for target in TARGETS["cifar10"]]
-        ours_by_target = [[c for c in column if _method(c) == Method(OURS)] for column in columns]
-        best = [_best_peer(column, "cifar10") for column in columns]
-        texts = [f"{_mean(column):.2f}" if column else "–" for column in [*ours_by_target, *best]]
-        lines.append(f"| {network} | {100 * mine[0]['base_fraction']:.2f} | {' | '.join(texts)} |")
+        columns = [[c for c in mine if c["target"] == target] for target in targets]
+        rows = {
+            _name(method): [[c for c in column if _method(c) == method] for column in columns]
+            for method in (Method(OURS), Method(OURS, RANK))
+        }
+        rows["best of Torch-Pruning"] = [_best_peer(column, "cifar10") for column in columns]
+        before = f"{network}, {100 * mine[0]['base_fraction']:.2f}"
+        for name, cells in rows.items():
+            texts = " | ".join(f"{_mean(cell):.2f}" if cell else "–" for cell in cells)
+            lines.append(f"| {before} | {name} | {texts} |")
     return "\n".join(lines)
 
 
