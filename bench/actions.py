@@ -1,0 +1,158 @@
+"""Compare actions at equal measured latency, without training: channels alone, and with rank.
+
+    python bench/actions.py --data DIR --weights DIR [--networks PATTERN] [--seeds 3]
+
+For each of secateur's sets of actions this looks for the budget of MACs whose network takes 0.7 of
+the original's time: both compiled by `torch.compile`, 16 images at a time, timed in turns on one
+thread. The network is refitted on 2,000 images of CIFAR-10 without labels and scored on the test
+images, which choose nothing. Each measurement adds a line to `results/actions.jsonl`, and the table
+is in docs/research/low_rank.md. It needs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import itertools
+import statistics
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from interleaved import Forward, time_interleaved
+from measurements import Measurement, append_measurement, key_of, read_measurements
+from rows import ROOT, revision, surroundings
+from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.scoring_context import make_scoring_context
+from studies import channels_last, fraction_equal, labels, load_inputs, predictions
+from tables import with_table
+from training_free import Ours
+
+RESULTS = ROOT / "results" / "actions.jsonl"
+PAGE = ROOT / "docs" / "research" / "low_rank.md"
+KEY = ("network", "actions", "seed")
+NETWORKS = ("resnet20", "resnet56")
+ACTIONS = ("channels", "channels,rank", "rank")
+TIME_LEFT = 0.7
+NEAR = 0.02
+"""Measured fractions that differ by less count as equal."""
+ATTEMPTS = 4
+BATCH = 16
+
+
+def main() -> None:
+    """Measure the missing rows and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="the folder of CIFAR-10")
+    parser.add_argument("--weights", type=Path, help="the folder of the weights")
+    parser.add_argument("--networks", default="*", help="pattern of networks")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.data is not None:
+        known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
+        for network, seed in itertools.product(NETWORKS, range(arguments.seeds)):
+            if fnmatch.fnmatch(network, arguments.networks):
+                missing = [a for a in ACTIONS if (network, a, seed) not in known]
+                measure(network, seed, missing, arguments)
+    rows = read_measurements(RESULTS, KEY)
+    PAGE.write_text(with_table(PAGE.read_text(), "results/actions.jsonl", table(rows)))
+
+
+def measure(network: str, seed: int, all_actions: list[str], arguments: argparse.Namespace) -> None:
+    """Append a row for each set of actions."""
+    config, dataset, model = load_inputs("cifar10", network, arguments)
+    batches = channels_last(make_reader(config).read_shard(dataset.test))
+    before = fraction_equal(predictions(model, batches), labels(batches))
+    images = batches[0].images[:BATCH]
+    for actions in all_actions:
+        plan = config.plan.model_copy(update={"actions": tuple(actions.split(","))})
+        own = config.model_copy(update={"plan": plan, "seed": seed})
+        context = make_scoring_context(model, dataset, own, criterion_names=(own.score.criterion,))
+        pruner = Ours(model, context, own)
+        macs_left, points = TIME_LEFT, [(1.0, 1.0)]
+        best: Measurement = {}
+        for _ in range(ATTEMPTS):
+            pruned = pruner.prune(f"macs={macs_left:.4f}")
+            smaller = pruned.stages["refit"]
+            ratios = time_ratios(model, smaller, images)
+            time_left = statistics.median(ratios)
+            row: Measurement = {
+                "macs_left": pruned.macs_left,
+                "time_left": time_left,
+                "time_left_quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "test_fraction": fraction_equal(predictions(smaller, batches), labels(batches)),
+            }
+            print(network, actions, seed, row, flush=True)
+            if not best or abs(time_left - TIME_LEFT) < abs(best["time_left"] - TIME_LEFT):
+                best = row
+            if abs(time_left - TIME_LEFT) < NEAR:
+                break
+            points.append((macs_left, time_left))
+            macs_left = min(0.95, max(0.1, next_budget(points)))
+        append_measurement(
+            RESULTS,
+            {
+                "network": network,
+                "actions": actions,
+                "seed": seed,
+                "before_fraction": before,
+                **best,
+                "command": "python bench/actions.py --data DIR --weights DIR",
+                "revision": revision(),
+                "environment": surroundings(),
+            },
+        )
+
+
+def next_budget(points: list[tuple[float, float]]) -> float:
+    """Return the budget at which the line through the two nearest points has the wanted time."""
+    (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - TIME_LEFT))[:2]
+    slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 1.0
+    return x0 + (TIME_LEFT - y0) / (slope if abs(slope) > 0.1 else 1.0)
+
+
+def time_ratios(model: nn.Module, smaller: nn.Module, images: Tensor) -> list[float]:
+    """Return the time of the smaller network over that of the original, in each turn."""
+    forwards = {"original": compiled(model, images), "smaller": compiled(smaller, images)}
+    seconds = time_interleaved(forwards, images)
+    return [
+        mine / whole for mine, whole in zip(seconds["smaller"], seconds["original"], strict=True)
+    ]
+
+
+def compiled(model: nn.Module, images: Tensor) -> Forward:
+    """Return the compiled network, after its first call."""
+    forward: Forward = torch.compile(copy.deepcopy(model).eval(), dynamic=False)
+    with torch.no_grad():
+        forward(images)
+    return forward
+
+
+def table(rows: list[Measurement]) -> str:
+    """Return MACs, time and accuracy by network and actions, means over the seeds."""
+    lines = [
+        "| network, before | actions | MACs left | time left | top-1 |",
+        "|---|---|---|---|---|",
+    ]
+    for network, actions in itertools.product(NETWORKS, ACTIONS):
+        mine = [row for row in rows if (row["network"], row["actions"]) == (network, actions)]
+        if not mine:
+            continue
+        accuracies = [100 * row["test_fraction"] for row in mine]
+        spread = f" ± {statistics.stdev(accuracies):.2f}" if len(mine) > 1 else ""
+        times = [row["time_left"] for row in mine]
+        lines.append(
+            f"| {network}, {100 * mine[0]['before_fraction']:.2f} | {actions} | "
+            f"{statistics.mean(row['macs_left'] for row in mine):.2f} | "
+            f"{min(times):.2f} to {max(times):.2f} | {statistics.mean(accuracies):.2f}{spread} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
