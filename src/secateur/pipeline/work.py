@@ -135,9 +135,10 @@ def tap_sizes(
 
 
 def moments_work(taps: Sequence[TapSize], images: int) -> Work:
-    """Return the sums of products of the scoring pass."""
+    """Return the sums of products of the scoring pass, once more for the held-out images."""
     rows = (images * min(positions_of_image(tap.filters, images), tap.positions) for tap in taps)
-    return Work(float64=sum(n * tap.values**2 for n, tap in zip(rows, taps, strict=True)))
+    products = sum(n * tap.values**2 for n, tap in zip(rows, taps, strict=True))
+    return Work(float64=products * (1 + 1 / HELD_OUT_EVERY))
 
 
 def elimination_work(taps: Sequence[TapSize]) -> Work:
@@ -168,7 +169,8 @@ def sensitivity_work(taps: Sequence[TapSize], images: int, passes: float) -> Wor
     """
     double = single = 0.0
     for tap in taps:
-        double += tap.values**3 / 3 + tap.rows * tap.values**2  # the error curve
+        # The error curve: a factor, two systems, and two products of the consumers' weights.
+        double += 7 / 3 * tap.values**3 + 2 * tap.rows * tap.values**2
         for fraction in SNAPSHOTS:
             kept = (1 - fraction) * tap.filters
             double += kept**3 / 3 + kept**2 * tap.filters
