@@ -10,7 +10,13 @@ from secateur.config import ReportSection, RunConfig, Section
 from secateur.models.published import transform_notice
 from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
-from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
+from secateur.pruning.outcome import (
+    BatchNormRecalibration,
+    JointRefit,
+    LayerRefit,
+    RefitCheck,
+    SizeTrial,
+)
 from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
@@ -122,6 +128,7 @@ class RunResult(Record):
     size_trials: tuple[SizeTrial, ...] = ()
     """The sizes that were tried, if `plan.max_drop` asked for the smallest network."""
     refit: tuple[LayerRefit, ...]
+    refit_joint: tuple[JointRefit, ...] = ()
     refit_check: RefitCheck | None = None
     """None if no kernel was to be re-estimated."""
     batchnorm_recalibration: BatchNormRecalibration | None

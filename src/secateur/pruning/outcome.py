@@ -46,6 +46,21 @@ class LayerRefit:
 
 
 @dataclass(frozen=True)
+class JointRefit:
+    """What estimating the kernels around a group together achieved, on held-out images.
+
+    The errors are squared ones of what the group's readers put out, or of the residual sum that it
+    goes into, over the variance of the original's.
+    """
+
+    group: str
+    error_before: float
+    """With the kernels of the layerwise refit."""
+    error_after: float
+    """The same as before if the kernels stayed."""
+
+
+@dataclass(frozen=True)
 class RefitCheck:
     """Whether the refitted kernels beat those of the cut, on held-out calibration images.
 
@@ -78,5 +93,6 @@ class RefitOutcome:
     """What was done to a network after its cut."""
 
     layers: tuple[LayerRefit, ...] = ()
+    joint: tuple[JointRefit, ...] = ()
     check: RefitCheck | None = None
     batchnorm: BatchNormRecalibration | None = None

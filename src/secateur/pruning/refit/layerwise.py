@@ -112,7 +112,7 @@ def refit(
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
     importance = make_importance(kept, full_state, task, settings, seed)
-    uses = _uses_by_kernel(dependencies)
+    uses = uses_by_kernel(dependencies)
     lost_inputs = _kernels_that_lost_inputs(dependencies, inputs.removed, uses)
     first = next((layers[0].node for weight, layers in uses.items() if weight in lost_inputs), None)
     with torch.inference_mode(), cache:
@@ -164,7 +164,7 @@ def positions_of_image(settings: RefitSection, images: int) -> int:
     return max(settings.positions, -(-FEWEST_POSITIONS // images))
 
 
-def _uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
+def uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
     """Return the layers that use each kernel, in the order of execution."""
     uses: dict[str, list[Layer]] = {}
     for layer in dependencies.layers:
@@ -205,7 +205,7 @@ class _LayerRefitter:
     def refit_kernel(self, uses: list[Layer]) -> LayerRefit:
         """Re-estimate a kernel from all uses of it."""
         layer = uses[0]
-        reason = _why_not(self.kept.dependencies.graph, uses)
+        reason = why_not_refitted(self.kept.dependencies.graph, uses)
         if reason:
             return LayerRefit(layer.name, 0.0, 0.0, None, reason)
         targets = [target_layer(refit_layer(use, self.kept)) for use in uses]
@@ -318,7 +318,7 @@ class _LayerRefitter:
             )
 
 
-def _why_not(graph: NetworkGraph, uses: list[Layer]) -> str:
+def why_not_refitted(graph: NetworkGraph, uses: list[Layer]) -> str:
     """Return why a kernel can't be estimated from the inputs of its uses; empty if it can."""
     if uses[0].is_computed:
         return "its kernel is computed in the forward"
