@@ -154,7 +154,6 @@ def _collect(
         ),
         size_trials=cut.size_trials,
         refit=outcome.layers,
-        refit_joint=outcome.joint,
         refit_check=outcome.check,
         batchnorm_recalibration=outcome.batchnorm,
         distillation=None if distilled is None else distilled.distillation,

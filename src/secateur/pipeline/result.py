@@ -12,7 +12,6 @@ from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
 from secateur.pruning.outcome import (
     BatchNormRecalibration,
-    JointRefit,
     LayerRefit,
     RefitCheck,
     SizeTrial,
@@ -128,7 +127,6 @@ class RunResult(Record):
     size_trials: tuple[SizeTrial, ...] = ()
     """The sizes that were tried, if `plan.max_drop` asked for the smallest network."""
     refit: tuple[LayerRefit, ...]
-    refit_joint: tuple[JointRefit, ...] = ()
     refit_check: RefitCheck | None = None
     """None if no kernel was to be re-estimated."""
     batchnorm_recalibration: BatchNormRecalibration | None

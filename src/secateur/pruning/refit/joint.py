@@ -22,7 +22,8 @@ error on the images that are held out is not taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,34 +32,31 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.fx.node import Node
 
-from secateur.config import RefitSection
-from secateur.data import Batch, is_held_out
+from secateur.data import is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import Removed
 from secateur.graph.groups import Group
-from secateur.graph.interpreter import GraphInterpreter, apply
+from secateur.graph.interpreter import apply
 from secateur.graph.kept_channels import KeptChannels
-from secateur.graph.module_state import device_of, tensors_of
 from secateur.graph.network_graph import Compute, NetworkGraph, NodeHook
 from secateur.graph.patches import PositionSampling
-from secateur.graph.weight_norm import with_kernels
 from secateur.pruning.outcome import JointRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
+from secateur.pruning.refit.kernel_uses import why_not_refitted
 from secateur.pruning.refit.layers import RefitLayer, refit_layer
-from secateur.pruning.refit.layerwise import RefitInputs, uses_by_kernel, why_not_refitted
 from secateur.pruning.refit.regression_targets import OffsetPlace, State
 from secateur.pruning.refit.rows import from_patch_order, in_patch_order
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
-from secateur.runtime.progress import ProgressCallback, no_progress
-from secateur.scoring.batching import rebatch
 
 STEPS = 5
 """Steps of conjugate gradients."""
 FRACTIONS = (1.0, 0.5, 0.25)
 """Fractions of the solution's way that are tried, the first that lowers the error is taken."""
-POSITIONS = 2**18
+LEAST_REMOVED = 0.3
+"""Fraction of its channels that a group has lost, at least: others have little to gain."""
+POSITIONS = 2**15
 """Positions that a group is estimated from, of as many images as have them…"""
 FEWEST_IMAGES = 256
 """…but so many images, where there are."""
@@ -103,64 +101,89 @@ class _Segment:
         return self.kernels[0].layer.node
 
     @property
+    def weights(self) -> list[str]:
+        """Names of the kernels."""
+        return [kernel.layer.layer.weight for kernel in self.kernels]
+
+    @property
     def positions(self) -> int:
         """Positions of the target with the largest maps."""
         return max(target.layer.positions for target in self.targets)
 
 
-def refit_jointly(
-    inputs: RefitInputs,
-    batches: Iterable[Batch],
-    settings: RefitSection,
-    *,
-    progress: ProgressCallback = no_progress,
-) -> tuple[JointRefit, ...]:
-    """Re-estimate kernels of `inputs.smaller` in place, group by group; return what each gained.
+class JointRefitter:
+    """Estimates the kernels around each group that lost channels, once the last one is refitted."""
 
-    `batches` are the calibration images or this process's shard of them. As in `layerwise.refit`
-    the division into batches and processes changes the result only by rounding.
-    """
-    dependencies, device = inputs.dependencies, device_of(inputs.smaller)
-    kept = KeptChannels(dependencies, inputs.removed)
-    names = dependencies.graph.tensor_names.values()
-    tensors = tensors_of(inputs.smaller)
-    norms = dependencies.weight_norms
-    state = with_kernels(norms, {name: tensors[name].clone() for name in names})
-    full_state = with_kernels(norms, tensors_of(inputs.model))
-    segments = _segments(kept, inputs.removed)
-    results = []
-    with torch.no_grad(), ActivationCache(settings.memory_bytes // 2, device) as cache:
-        count = 0
-        for batch, images in rebatch(batches) if segments else ():
-            shown = batch.images.clone()  # of its own memory, not that of a larger batch
-            full = GraphInterpreter(dependencies.graph, full_state, shown)
-            cut = GraphInterpreter(dependencies.graph, state, shown, kept.sizes)
-            del shown
-            full.advance(segments[0].first)
-            cut.advance(segments[0].first)
-            cache.append(CachedBatch(full, cut, batch.indices[:images]))
-            count += images
-        count = sum(distributed.all_gather(count))
-        for segment in progress(segments, "refitting groups", len(segments)):
+    def __init__(
+        self,
+        kept: KeptChannels,
+        removed: Removed,
+        uses: Mapping[str, list[Layer]],
+        state: State,
+        cache: ActivationCache,
+    ) -> None:
+        """Estimate the kernels of groups in `removed`, from the batches that `cache` will hold.
+
+        `uses` are the layers that use each kernel, in the order of execution.
+        """
+        self._kept, self._state, self._cache = kept, state, cache
+        self._segments = _segments(kept, removed, uses)
+        self._begun: list[_Segment] = []
+        """Not yet at their end, in the order of execution."""
+
+    def begins_at(self, weight: str) -> bool:
+        """Return whether a kernel is the first of those around a group."""
+        return any(segment.weights[0] == weight for segment in self._segments)
+
+    def begin(self, weight: str) -> None:
+        """Keep what the layer with a kernel reads, if it is the first around a group.
+
+        The interpreters of the cached batches must not be past it.
+        """
+        beginning = [segment for segment in self._segments if segment.weights[0] == weight]
+        self._begun += beginning
+        for segment in beginning[:1]:
+            for batch in self._cache:
+                batch.full.advance(segment.first)
+                batch.cut.advance(segment.first)
+                for each in beginning:
+                    batch.starts[each.group] = (batch.full.copy(), batch.cut.copy())
+
+    def end(self, weight: str, images: int) -> JointRefit | None:
+        """Estimate the kernels around a group if this is the last of them; return what it gained.
+
+        `images` is their number in all processes. Where several groups end here the last one's
+        gain is returned.
+        """
+        result = None
+        for segment in [each for each in self._begun if each.weights[-1] == weight]:
             wanted = max(FEWEST_IMAGES, -(-POSITIONS // segment.positions))
-            problem = _Problem(segment, kept, state, cache, min(count, wanted))
-            results.append(problem.solve())
-            for norm in norms:
-                if any(norm.direction == kernel.layer.layer.weight for kernel in segment.kernels):
-                    state.update(norm.parts(state[norm.direction]))
-        for name in names:
-            tensors[name].copy_(state[name])
-    return tuple(results)
+            problem = _Problem(segment, self._kept, self._state, self._cache, min(images, wanted))
+            result = problem.solve()
+            place = self._begun.index(segment)
+            behind = self._begun[place + 1 :]
+            del self._begun[place]
+            for batch in self._cache:
+                _, cut = batch.starts.pop(segment.group)
+                if result.error_after == result.error_before:
+                    continue
+                for other in behind:
+                    cut.advance(other.first)
+                    batch.starts[other.group] = (batch.starts[other.group][0], cut.copy())
+                cut.catch_up(batch.full)
+                batch.cut = cut
+        return result
 
 
-def _segments(kept: KeptChannels, removed: Removed) -> list[_Segment]:
+def _segments(
+    kept: KeptChannels, removed: Removed, uses: Mapping[str, list[Layer]]
+) -> list[_Segment]:
     """Return the groups that lost channels, in the order of execution."""
     dependencies = kept.dependencies
-    uses = uses_by_kernel(dependencies)
     place = {node: number for number, node in enumerate(dependencies.graph.nodes)}
     segments = []
     for name, group in dependencies.groups.items():
-        if not removed.get(name):
+        if len(removed.get(name, ())) < max(1, LEAST_REMOVED * len(group)):
             continue
         readers = {consumer.node for consumer in group.consumers}
         layers = _layers_of(group, dependencies.graph, uses)
@@ -215,8 +238,6 @@ class _Problem:
     def solve(self) -> JointRefit:
         """Write the kernels that lower the error on the held-out images, if any do."""
         for batch in self.cache:
-            batch.cut.advance(self.segment.first)
-            batch.full.advance(self.segment.first)
             if self._share(batch):
                 batch.targets = [tuple(self._wanted(batch))]
         start = self._start()
@@ -254,7 +275,7 @@ class _Problem:
         """Return what the targets are in the original network, of a batch's images that count."""
         nodes = [_value_node(target) for target in self.segment.targets]
         values: dict[Node, Tensor] = {}
-        full = batch.full.copy()
+        full = batch.starts[self.segment.group][0].copy()
         full.advance(self.segment.last, after={node: _catch(values, node) for node in nodes})
         return [self.kept.select(node, values[node])[: len(batch.indices)] for node in nodes]
 
@@ -279,7 +300,7 @@ class _Problem:
             )
         nodes = [_value_node(target) for target in self.segment.targets]
         values_of: dict[Node, Tensor] = {}
-        cut: GraphInterpreter = batch.cut.copy()
+        cut = batch.starts[self.segment.group][1].copy()
         cut.advance(
             self.segment.last,
             after={node: _catch(values_of, node) for node in nodes},
@@ -520,7 +541,7 @@ def _sum(left: Direction, right: Direction, factor: float) -> Direction:
 
 
 def _dot(left: Direction, right: Direction) -> float:
-    return sum(
+    return math.fsum(
         float((a.double() * b.double()).sum())
         for pair, other in zip(left, right, strict=True)
         for a, b in zip(pair, other, strict=True)

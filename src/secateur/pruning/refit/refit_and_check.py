@@ -13,9 +13,8 @@ from secateur.data import Batch
 from secateur.models.divergence import DivergenceFrom, outputs_of
 from secateur.models.state_dict import load_state
 from secateur.models.task import SINGLE_LABEL, Task
-from secateur.pruning.outcome import JointRefit, LayerRefit, RefitCheck, RefitOutcome
+from secateur.pruning.outcome import LayerRefit, RefitCheck, RefitOutcome
 from secateur.pruning.refit.batchnorm import recalibrate_batchnorm
-from secateur.pruning.refit.joint import refit_jointly
 from secateur.pruning.refit.layerwise import RefitInputs, refit
 from secateur.pruning.refit.significance import is_smaller
 from secateur.runtime.device import full_float32
@@ -50,7 +49,6 @@ def refit_and_check(
     """
     smaller = inputs.smaller
     layers: tuple[LayerRefit, ...] = ()
-    joint: tuple[JointRefit, ...] = ()
     check: RefitCheck | None = None
     expected = outputs_of(inputs.model, images.held_out(), images.task)
     divergence = DivergenceFrom(expected, images.held_out, images.task)
@@ -68,9 +66,6 @@ def refit_and_check(
             progress=progress,
         )
         give_memory_back()
-        if settings.joint:
-            joint = refit_jointly(inputs, images.calibration(), settings, progress=progress)
-            give_memory_back()
         refitted = divergence(smaller)
         is_kept = bool(torch.isfinite(refitted).all()) and not is_smaller(refitted, cut)
         check = RefitCheck(float(cut.mean()), float(refitted.mean()), is_kept)
@@ -82,4 +77,4 @@ def refit_and_check(
         if settings.recalibrate_batchnorm
         else None
     )
-    return RefitOutcome(layers, joint, check, batchnorm)
+    return RefitOutcome(layers, check, batchnorm)
