@@ -23,12 +23,15 @@ error on the images that are held out is not taken.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
+from jaxtyping import Bool
 from torch import Tensor
 from torch.fx.node import Node
 
@@ -39,8 +42,8 @@ from secateur.graph.dependency import Removed
 from secateur.graph.groups import Group
 from secateur.graph.interpreter import apply
 from secateur.graph.kept_channels import KeptChannels
-from secateur.graph.network_graph import Compute, NetworkGraph, NodeHook
-from secateur.graph.patches import PositionSampling
+from secateur.graph.network_graph import Compute, NetworkGraph, NodeHook, operation_name
+from secateur.graph.patches import CONVOLUTIONS, PositionSampling
 from secateur.pruning.outcome import JointRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.kernel_uses import why_not_refitted
@@ -49,6 +52,7 @@ from secateur.pruning.refit.regression_targets import OffsetPlace, State
 from secateur.pruning.refit.rows import from_patch_order, in_patch_order
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 from secateur.runtime import distributed
+from secateur.runtime.device import sums_device
 
 STEPS = 5
 """Steps of conjugate gradients."""
@@ -56,10 +60,10 @@ FRACTIONS = (1.0, 0.5, 0.25)
 """Fractions of the solution's way that are tried, the first that lowers the error is taken."""
 LEAST_REMOVED = 0.3
 """Fraction of its channels that a group has lost, at least: others have little to gain."""
-POSITIONS = 2**15
+POSITIONS = 2**18
 """Positions that a group is estimated from, of as many images as have them…"""
-FEWEST_IMAGES = 256
-"""…but so many images, where there are."""
+FEWEST_IMAGES, MOST_IMAGES = 16, 512
+"""…but of so many images."""
 SAMPLED = 32
 """Positions of an image that the covariance of a kernel's inputs is taken from."""
 RIDGE = 1e-3
@@ -78,6 +82,8 @@ class _Kernel:
 
     layer: RefitLayer
     place: OffsetPlace | None
+    rows: Bool[Tensor, "group output"]
+    """Outputs that may change: what is read elsewhere may not."""
 
     def shaped(self, kernel: Tensor, like: Tensor) -> Tensor:
         """Return a kernel in the shape that the layer has it in."""
@@ -92,6 +98,8 @@ class _Segment:
     kernels: tuple[_Kernel, ...]
     """In the order of execution."""
     targets: tuple[TargetLayer, ...]
+    rectified: bool
+    """Whether only errors behind a rectifier count, at targets that one alone reads."""
     last: Node
     """The operation behind the last target."""
 
@@ -121,13 +129,16 @@ class JointRefitter:
         uses: Mapping[str, list[Layer]],
         state: State,
         cache: ActivationCache,
+        *,
+        rectified: bool,
     ) -> None:
         """Estimate the kernels of groups in `removed`, from the batches that `cache` will hold.
 
-        `uses` are the layers that use each kernel, in the order of execution.
+        `uses` are the layers that use each kernel, in the order of execution. `rectified` says
+        whether errors that a rectifier hides are left out.
         """
         self._kept, self._state, self._cache = kept, state, cache
-        self._segments = _segments(kept, removed, uses)
+        self._segments = _segments(kept, removed, uses, rectified=rectified)
         self._begun: list[_Segment] = []
         """Not yet at their end, in the order of execution."""
 
@@ -157,8 +168,9 @@ class JointRefitter:
         """
         result = None
         for segment in [each for each in self._begun if each.weights[-1] == weight]:
-            wanted = max(FEWEST_IMAGES, -(-POSITIONS // segment.positions))
-            problem = _Problem(segment, self._kept, self._state, self._cache, min(images, wanted))
+            fitting = max(FEWEST_IMAGES, -(-POSITIONS // segment.positions))
+            wanted = min(images, MOST_IMAGES, fitting)
+            problem = _Problem(segment, self._kept, self._state, self._cache, wanted)
             result = problem.solve()
             place = self._begun.index(segment)
             behind = self._begun[place + 1 :]
@@ -176,7 +188,7 @@ class JointRefitter:
 
 
 def _segments(
-    kept: KeptChannels, removed: Removed, uses: Mapping[str, list[Layer]]
+    kept: KeptChannels, removed: Removed, uses: Mapping[str, list[Layer]], *, rectified: bool
 ) -> list[_Segment]:
     """Return the groups that lost channels, in the order of execution."""
     dependencies = kept.dependencies
@@ -185,32 +197,56 @@ def _segments(
     for name, group in dependencies.groups.items():
         if len(removed.get(name, ())) < max(1, LEAST_REMOVED * len(group)):
             continue
-        readers = {consumer.node for consumer in group.consumers}
-        layers = _layers_of(group, dependencies.graph, uses)
-        targets = tuple(
-            target_layer(refit_layer(layer, kept)) for layer in layers if layer.node in readers
-        )
-        kernels = tuple(
-            _Kernel(layer, offset_place([target_layer(layer)]))
-            for layer in (refit_layer(use, kept) for use in layers)
-            if layer.has_patches
-        )
-        if not targets or len(kernels) < 2:
+        producers, readers = _layers_around(group, dependencies.graph, uses)
+        if not producers or not readers:
             continue
-        last = max((_value_node(target) for target in targets), key=place.__getitem__)
-        segments.append(_Segment(name, kernels, targets, dependencies.graph.nodes[place[last] + 1]))
+        targets = tuple(target_layer(refit_layer(layer, kept)) for layer in readers)
+        values = [place[_value_node(target)] for target in targets]
+        if max(place[layer.node] for layer in producers) > min(values):
+            continue  # a whole stage, coupled by its residual sums
+        kernels = [_kernel(layer, kept, group) for layer in producers]
+        kernels += [_kernel(layer, kept, None) for layer in readers]
+        kernels.sort(key=lambda kernel: place[kernel.layer.node])
+        last = dependencies.graph.nodes[max(values) + 1]
+        segments.append(_Segment(name, tuple(kernels), targets, rectified, last))
     return sorted(segments, key=lambda segment: place[segment.first])
 
 
-def _layers_of(group: Group, graph: NetworkGraph, uses: Mapping[str, list[Layer]]) -> list[Layer]:
-    """Return the layers that produce or read a group and can be estimated, each used once."""
+def _layers_around(
+    group: Group, graph: NetworkGraph, uses: Mapping[str, list[Layer]]
+) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers that produce a group, and those that read it, in the order of execution.
+
+    Left out are producers that can't be estimated. If a reader can't be there are none at all.
+    """
+    by_node = {layers[0].node: layers for layers in uses.values()}
     nodes = {consumer.node for consumer in group.consumers}
-    nodes |= {layer.node for layer in group.layers}
-    return [
-        layers[0]
-        for layers in uses.values()
-        if len(layers) == 1 and layers[0].node in nodes and not why_not_refitted(graph, layers)
-    ]
+
+    def is_usable(node: Node) -> bool:
+        layers = by_node.get(node, [])
+        is_alone = len(layers) == 1 and not why_not_refitted(graph, layers)
+        operation = operation_name(node)
+        return is_alone and (operation == "linear" or operation in CONVOLUTIONS)
+
+    if not all(map(is_usable, nodes)):
+        return [], []
+    produced = {layer.node for layer in group.layers if is_usable(layer.node)} - nodes
+    return (
+        [layers[0] for node, layers in by_node.items() if node in produced],
+        [layers[0] for node, layers in by_node.items() if node in nodes],
+    )
+
+
+def _kernel(layer: Layer, kept: KeptChannels, group: Group | None) -> _Kernel:
+    """Return a kernel of which all rows may change, or those that produce a group's channels."""
+    used = refit_layer(layer, kept)
+    stays = kept.mask(layer.node, used.channel_dim).astype(bool)
+    rows = np.ones(int(stays.sum()), dtype=bool)
+    if group is not None:
+        assert layer.produced is not None
+        rows = np.isin(kept.dependencies.channel_of[layer.produced], group.channels)[stays]
+    by_group = torch.from_numpy(rows).reshape(used.groups, -1)
+    return _Kernel(used, offset_place([target_layer(used)]), by_group)
 
 
 def _value_node(target: TargetLayer) -> Node:
@@ -321,7 +357,7 @@ class _Problem:
             images = chosen.to(output.device).view(-1, *[1] * (output.dim() - 1))
             counts = images.expand_as(output)
             error = wanted - output
-            if target.rectified:
+            if self.segment.rectified and target.rectified:
                 counts = counts & ((wanted > 0) | (output > 0))
                 error = wanted.relu() - torch.where(wanted > 0, output, output.relu())
             yield torch.where(counts, error, 0.0), counts
@@ -337,7 +373,7 @@ class _Problem:
 
         Of fewer than five images none is held out: then it is that on all.
         """
-        sums = torch.zeros(4, dtype=torch.float64)
+        sums = [0.0] * 4
         for batch in self.cache:
             chosen = (batch.indices < self.images) & ~self._is_fitted(batch)
             if self.images < HELD_OUT_EVERY:
@@ -350,28 +386,28 @@ class _Problem:
             ):
                 index = chosen.to(output.device)
                 expected, actual = wanted[index], output[index]
-                if target.rectified:
+                if self.segment.rectified and target.rectified:
                     expected, actual = expected.relu(), actual.relu()
                 parts = [(expected - actual).square(), expected, expected.square()]
-                added = [float(part.double().sum()) for part in parts]
-                sums += torch.tensor([*added, float(expected.numel())], dtype=torch.float64)
-        distributed.all_reduce_sum([sums])
-        squared, total, square, count = sums.tolist()
+                added = [*(float(part.sum()) for part in parts), float(expected.numel())]
+                sums = [total + more for total, more in zip(sums, added, strict=True)]
+        squared, total, square, count = distributed.sum_over_processes(sums)
         variance = max(square - total * total / max(count, 1.0), 1e-30)
-        return squared / variance
+        relative: float = squared / variance
+        return relative
 
     def _linearise(self, start: Direction) -> Direction:
         """Return the gradient, and keep what the preconditioner needs."""
         kernels = self.segment.kernels
         gradient = [(torch.zeros_like(k), torch.zeros_like(o)) for k, o in start]
-        scales = [offset.double() for _, offset in gradient]
+        place = sums_device(start[0][0].device)
+        scales = [offset.to(place).double() for _, offset in gradient]
         moments = [
             torch.zeros(
-                *(k.shape[0], k.shape[2] + 1, k.shape[2] + 1), dtype=torch.float64, device=k.device
+                *(k.shape[0], k.shape[2] + 1, k.shape[2] + 1), dtype=torch.float64, device=place
             )
             for k, _ in start
         ]
-        generator = torch.Generator().manual_seed(0)
         for batch, chosen in self._fitted_batches():
             with torch.enable_grad():
                 point = _requiring_gradients(start)
@@ -379,22 +415,19 @@ class _Problem:
                 outputs = self._outputs(batch, point, seen)
             errors, counts = zip(*self._errors(batch, outputs, chosen), strict=True)
             _add(gradient, _gradients(outputs, point, errors))
-            signs = [
-                torch.rand(c.shape, generator=generator).to(c.device).sub_(0.5).sign_() * c
-                for c in counts
-            ]
+            signs = [_random_signs(batch.indices, count) * count for count in counts]
             reaching = torch.autograd.grad(
                 outputs, [seen[kernel.layer.node][1] for kernel in kernels], signs
             )
             for number, kernel in enumerate(kernels):
                 layer, used = kernel.layer, chosen.nonzero()[:, 0]
-                maps = layer.maps(reaching[number]).square().sum((0, 2), dtype=torch.float64)
-                scales[number] += maps.view_as(scales[number])
+                squares = layer.maps(reaching[number]).square().sum((0, 2)).to(place).double()
+                scales[number] += squares.view_as(scales[number])
                 sampling = PositionSampling(batch.indices, SAMPLED, 0.0)
                 positions = sampling.over(layer.positions)[used]
                 rows = layer.patches(seen[layer.node][0].detach(), positions, used).float()
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
-                moments[number] += (rows.mT @ rows) * (layer.positions / positions.shape[1])
+                moments[number] += (rows.mT @ rows).to(place)
         parts = [part for pair in gradient for part in pair]
         distributed.all_reduce_sum([*parts, *scales, *moments])
         for moment, scale in zip(moments, scales, strict=True):
@@ -406,37 +439,36 @@ class _Problem:
             floor = 1e-3 * scale.mean().clamp_min(torch.finfo(torch.float32).tiny)
             self._scales.append(torch.maximum(scale, floor)[..., None])
             self._ridges.append(ridge * float(scale.mean()))
-        return self._with_places(gradient)
+        return self._allowed(gradient)
 
     def _preconditioned(self, direction: Direction) -> Direction:
         result = []
         for (kernel, offset), factor, scale in zip(
             direction, self._factors, self._scales, strict=True
         ):
-            joined = torch.cat([kernel, offset[..., None]], 2).double() / scale
-            solved = torch.cholesky_solve(joined.mT, factor).mT.float()
+            joined = torch.cat([kernel, offset[..., None]], 2).to(factor.device).double() / scale
+            solved = torch.cholesky_solve(joined.mT, factor).mT.to(kernel)
             result.append((solved[..., :-1], solved[..., -1]))
-        return self._with_places(result)
+        return self._allowed(result)
 
-    def _with_places(self, direction: Direction) -> Direction:
-        """Return a direction without offsets where a layer has no place for one."""
-        return [
-            (kernel, torch.zeros_like(offset) if owner.place is None else offset)
-            for (kernel, offset), owner in zip(direction, self.segment.kernels, strict=True)
-        ]
+    def _allowed(self, direction: Direction) -> Direction:
+        """Return a direction without the rows and offsets that may not change."""
+        result = []
+        for (kernel, offset), owner in zip(direction, self.segment.kernels, strict=True):
+            rows = owner.rows.to(kernel.device)
+            shift = torch.zeros_like(offset) if owner.place is None else offset * rows
+            result.append((kernel * rows[..., None], shift))
+        return result
 
     def _normal_product(self, start: Direction, direction: Direction) -> Direction:
         """Return J'J times a direction, J being the Jacobian of what counts at the targets."""
-        result = [
-            (ridge * k, torch.zeros_like(o))
-            for (k, o), ridge in zip(direction, self._ridges, strict=True)
-        ]
+        result = [(torch.zeros_like(k), torch.zeros_like(o)) for k, o in direction]
         for batch, chosen in self._fitted_batches():
             with torch.enable_grad(), forward_ad.dual_level():
                 point = _requiring_gradients(start)
                 dual = [
-                    (forward_ad.make_dual(k, v), forward_ad.make_dual(o, s))
-                    for (k, o), (v, s) in zip(point, direction, strict=True)
+                    (_dual(kernel, change), _dual(offset, shift))
+                    for (kernel, offset), (change, shift) in zip(point, direction, strict=True)
                 ]
                 unpacked = [forward_ad.unpack_dual(o) for o in self._outputs(batch, dual)]
                 outputs = [value.primal for value in unpacked]
@@ -447,7 +479,9 @@ class _Problem:
             ]
             _add(result, _gradients(outputs, point, changes))
         distributed.all_reduce_sum([part for pair in result for part in pair])
-        return self._with_places(result)
+        for (kernel, _), (change, _), ridge in zip(result, direction, self._ridges, strict=True):
+            kernel.add_(change, alpha=ridge)
+        return self._allowed(result)
 
     def _conjugate_gradients(self, start: Direction, gradient: Direction) -> Direction:
         """Return the approximate solution of the normal equations after `STEPS` steps."""
@@ -516,6 +550,24 @@ def _catch(values: dict[Node, Tensor], node: Node) -> NodeHook:
     return catch
 
 
+def _random_signs(numbers: Tensor, like: Tensor) -> Tensor:
+    """Return -1 or 1 for each value of each image, which depend on the image's number alone."""
+    signs = [
+        torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(number))
+        .sub_(0.5)
+        .sign_()
+        for number in numbers.tolist()
+    ]
+    return torch.stack(signs).to(like.device)
+
+
+def _dual(value: Tensor, change: Tensor) -> Tensor:
+    """Return a value that carries its change along."""
+    with warnings.catch_warnings(action="ignore"):  # torch 2.14 says of its own code that it is old
+        dual: Tensor = forward_ad.make_dual(value, change)
+        return dual
+
+
 def _requiring_gradients(point: Direction) -> Direction:
     return [(k.detach().requires_grad_(), o.detach().requires_grad_()) for k, o in point]
 
@@ -542,7 +594,7 @@ def _sum(left: Direction, right: Direction, factor: float) -> Direction:
 
 def _dot(left: Direction, right: Direction) -> float:
     return math.fsum(
-        float((a.double() * b.double()).sum())
+        float((a * b).sum())
         for pair, other in zip(left, right, strict=True)
         for a, b in zip(pair, other, strict=True)
     )

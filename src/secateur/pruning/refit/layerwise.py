@@ -116,7 +116,8 @@ def refit(
     uses = uses_by_kernel(dependencies)
     lost_inputs = _kernels_that_lost_inputs(dependencies, inputs.removed, uses)
     is_joint = settings.joint and settings.layers == "downstream"
-    joint = JointRefitter(kept, inputs.removed if is_joint else {}, uses, state, cache)
+    cut_groups = inputs.removed if is_joint else {}
+    joint = JointRefitter(kept, cut_groups, uses, state, cache, rectified=settings.rectified)
     first = next(
         (
             layers[0].node
