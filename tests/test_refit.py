@@ -44,7 +44,7 @@ from secateur.runtime.errors import DataError
 from secateur.scoring import batching
 
 ALL_POSITIONS = RefitSection(positions=10_000)
-ALL_ERRORS = RefitSection(positions=10_000, rectified=False)
+ALL_ERRORS = RefitSection(positions=10_000, rectified=False, joint=False)
 """Errors that a rectifier hides count as well."""
 
 
@@ -833,7 +833,7 @@ def test_errors_behind_the_rectifier_get_smaller() -> None:
     images = random_images(200, seed=99)
     errors = {}
     for rectified in (False, True):
-        settings = RefitSection(positions=16, rectified=rectified)
+        settings = RefitSection(positions=16, rectified=rectified, joint=False)
         smaller, _ = cut_and_refit(model, plan, batches, settings)
         assert isinstance(smaller, Chain)
         with torch.no_grad():

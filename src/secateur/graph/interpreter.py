@@ -107,6 +107,11 @@ class GraphInterpreter:
         copied._values = dict(self._values)
         return copied
 
+    def catch_up(self, other: GraphInterpreter) -> None:
+        """Run as far as another interpreter of the same graph has come."""
+        nodes = self._graph.nodes
+        self.advance(nodes[other._next] if other._next < len(nodes) else None)
+
     def step(self, node: Node) -> Tensor:
         """Run up to and including `node`; return its value."""
         self.advance(node)

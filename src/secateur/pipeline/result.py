@@ -11,7 +11,12 @@ from secateur.graph.factorisation import Form
 from secateur.models.published import transform_notice
 from secateur.models.score import Score, metric_text
 from secateur.models.task import Task
-from secateur.pruning.outcome import BatchNormRecalibration, LayerRefit, RefitCheck, SizeTrial
+from secateur.pruning.outcome import (
+    BatchNormRecalibration,
+    LayerRefit,
+    RefitCheck,
+    SizeTrial,
+)
 from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded

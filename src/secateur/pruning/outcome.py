@@ -22,6 +22,21 @@ class SizeTrial:
 
 
 @dataclass(frozen=True)
+class JointRefit:
+    """What estimating the kernels around a group together achieved, on held-out images.
+
+    The errors are squared ones of what the group's readers put out, or of the residual sum that it
+    goes into, over the variance of the original's.
+    """
+
+    group: str
+    error_before: float
+    """With the kernels of the layerwise refit."""
+    error_after: float
+    """The same as before if the kernels stayed."""
+
+
+@dataclass(frozen=True)
 class LayerRefit:
     """What the refit of one kernel achieved, on calibration images held out of the fit.
 
@@ -43,6 +58,9 @@ class LayerRefit:
     """Why the kernel was left as cut, if it was."""
     form: RefitForm = "patch"
     """The form of regression that estimated it."""
+    joint: JointRefit | None = None
+    """What it gained by being estimated together with the kernels that produce what it reads, if it
+    was the last of them."""
 
 
 @dataclass(frozen=True)

@@ -37,16 +37,22 @@ class CachedBatch:
     """Positions of layers that are not evenly spaced, `[row, position]`."""
     targets: list[tuple[Tensor, ...]] = field(default_factory=list)
     """Regression targets of the current layer, kept for its further passes."""
+    starts: dict[str, tuple[GraphInterpreter, GraphInterpreter]] = field(default_factory=dict)
+    """Both networks where the layers around a group begin, by group."""
 
     def values(self) -> list[Any]:
         """Return everything that the batch holds."""
-        return [self.full.values(), self.cut.values(), self.targets]
+        starts = [[part.values() for part in pair] for pair in self.starts.values()]
+        return [self.full.values(), self.cut.values(), self.targets, starts]
 
     def set_values(self, values: Sequence[Any]) -> None:
         """Replace everything that the batch holds by what `values` returned."""
-        full, cut, self.targets = values
+        full, cut, self.targets, starts = values
         self.full.set_values(full)
         self.cut.set_values(cut)
+        for pair, kept in zip(self.starts.values(), starts, strict=True):
+            for part, part_values in zip(pair, kept, strict=True):
+                part.set_values(part_values)
 
 
 class ActivationCache:
@@ -114,7 +120,7 @@ class ActivationCache:
                 f"activations can't be written to {self._folder.name}: {reason}; set TMPDIR to a "
                 "folder on another disk"
             ) from error
-        batch.set_values(([], [], []))
+        batch.set_values(([], [], [], [([], []) for _ in batch.starts]))
 
     def _load(self, number: int) -> None:
         batch = self._batches[number]

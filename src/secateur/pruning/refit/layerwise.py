@@ -25,7 +25,7 @@ remaining channels. Least squares on sampled positions is what channel pruning (
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,6 @@ from secateur.graph.factorisation import (
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.module_state import device_of, tensors_of
-from secateur.graph.network_graph import NetworkGraph, argument, operation_name
 from secateur.graph.patches import PositionSampling
 from secateur.graph.weight_norm import with_kernels
 from secateur.models.task import SINGLE_LABEL, Task
@@ -55,6 +54,8 @@ from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
 from secateur.pruning.refit.important_positions import make_importance
+from secateur.pruning.refit.joint import JointRefitter
+from secateur.pruning.refit.kernel_uses import uses_by_kernel, why_not_refitted
 from secateur.pruning.refit.layers import RefitLayer, refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, RankLimit, count_rows
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
@@ -124,10 +125,22 @@ def refit(
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
     importance = make_importance(kept, full_state, task, settings, seed)
-    uses = _uses_by_kernel(dependencies)
+    uses = uses_by_kernel(dependencies)
     changed = _changed_kernels(inputs, uses)
-    first = next((layers[0].node for weight, layers in uses.items() if weight in changed), None)
-    with torch.inference_mode(), cache:
+    is_joint = settings.joint and settings.layers == "downstream"
+    cut_groups = inputs.removed if is_joint else {}
+    joint = JointRefitter(
+        kept, cut_groups, uses, state, cache, rectified=settings.rectified, ranks=inputs.ranks
+    )
+    first = next(
+        (
+            layers[0].node
+            for weight, layers in uses.items()
+            if weight in changed or joint.begins_at(weight)
+        ),
+        None,
+    )
+    with torch.no_grad(), cache:
         count = 0
         for batch, images in whole_batches:
             if layer_outputs is not None and len(layer_outputs) == len(cache):
@@ -160,11 +173,13 @@ def refit(
             generator=torch.Generator().manual_seed(seed),
         )
         for weight, layers in progress(uses.items(), "refitting layers", len(uses)):
+            joint.begin(weight)
             upstream_changed = settings.layers == "downstream" and bool(results)
             if weight in changed or upstream_changed:
-                results.append(refitter.refit_kernel(layers))
+                result = refitter.refit_kernel(layers)
+                results.append(replace(result, joint=joint.end(weight, count)))
                 for norm in norms:
-                    if norm.direction == layers[0].weight:
+                    if norm.direction in state:
                         state.update(norm.parts(state[norm.direction]))
     with torch.no_grad():
         for name in names:
@@ -176,14 +191,6 @@ def refit(
 def positions_of_image(settings: RefitSection, images: int) -> int:
     """Return how many positions of each image are used, if its maps have so many."""
     return max(settings.positions, -(-FEWEST_POSITIONS // images))
-
-
-def _uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
-    """Return the layers that use each kernel, in the order of execution."""
-    uses: dict[str, list[Layer]] = {}
-    for layer in dependencies.layers:
-        uses.setdefault(layer.weight, []).append(layer)
-    return uses
 
 
 def _changed_kernels(inputs: RefitInputs, uses: dict[str, list[Layer]]) -> frozenset[str]:
@@ -220,7 +227,7 @@ class _LayerRefitter:
     def refit_kernel(self, uses: list[Layer]) -> LayerRefit:
         """Re-estimate a kernel from all uses of it."""
         layer = uses[0]
-        reason = _why_not(self.kept.dependencies.graph, uses)
+        reason = why_not_refitted(self.kept.dependencies.graph, uses)
         if reason:
             return LayerRefit(layer.name, 0.0, 0.0, None, reason)
         targets = [target_layer(refit_layer(use, self.kept)) for use in uses]
@@ -349,35 +356,3 @@ class _LayerRefitter:
                 sampling=sampling,
                 held_out=is_row_held_out.to(self.sums_device),
             )
-
-
-def _why_not(graph: NetworkGraph, uses: list[Layer]) -> str:
-    """Return why a kernel can't be estimated from the inputs of its uses; empty if it can."""
-    if uses[0].is_computed:
-        return "its kernel is computed in the forward"
-    if uses[0].weight not in graph.tensor_names.values():
-        return "its kernel is not a parameter"
-    operation = operation_name(uses[0].node)
-    if operation != "linear" and not operation.startswith("conv"):
-        return f"{operation} is neither a convolution nor a linear layer"
-    kernel = uses[0].node.args[1]
-    assert isinstance(kernel, Node)
-    nodes = [use.node for use in uses]
-    if any(user not in nodes or user.args.count(kernel) > 1 for user in kernel.users):
-        return "its kernel is used elsewhere, too"
-    if len({(operation_name(node), argument(node, "groups", 1)) for node in nodes}) > 1:
-        return "its kernel is used by different operations"
-    for node in nodes:
-        source = node.args[0]
-        assert isinstance(source, Node)
-        if source is not graph.image and source.op != "call_function":
-            return "its input does not depend on the images"
-        bias = argument(node, "bias")
-        if isinstance(bias, Node) and bias not in graph.tensor_names:
-            return "its bias is computed in the forward"
-        shapes = [value.meta["val"].shape for value in (source, node)]
-        if any(shape[0] % graph.images for shape in shapes) or shapes[0][0] != shapes[1][0]:
-            return "the first dimension of its input is not that of the images"
-        if operation_name(node) != "linear" and len(shapes[0]) != kernel.meta["val"].dim():
-            return "its input has no image dimension"
-    return ""
