@@ -110,14 +110,11 @@ def refit(
     `task` says what is compared of the output, if positions are drawn by importance.
 
     `layer_outputs`, an empty list in the first call, is filled with the outputs of the original
-    network's layers. Passed again with the same model and batches it saves computing them, at the
-    cost of holding all of them in memory.
-
-    Raises `DataError` if there is no image.
+    network's layers. Passed again with the same model and batches it saves computing them, and
+    takes the memory for all of them. Raises `DataError` if there is no image.
     """
     dependencies, device = inputs.dependencies, device_of(inputs.smaller)
     cache = ActivationCache(settings.memory_bytes // 2, device)
-    whole_batches = rebatch(batches)
     kept = KeptChannels(dependencies, inputs.removed)
     names = dependencies.graph.tensor_names.values()
     tensors, norms = tensors_with_products(inputs.smaller, inputs.ranks), dependencies.weight_norms
@@ -127,38 +124,27 @@ def refit(
     importance = make_importance(kept, full_state, task, settings, seed)
     uses = uses_by_kernel(dependencies)
     changed = _changed_kernels(inputs, uses)
-    is_joint = settings.joint and settings.layers == "downstream"
-    cut_groups = inputs.removed if is_joint else {}
+    groups = inputs.removed if settings.joint and settings.layers == "downstream" else {}
     joint = JointRefitter(
-        kept, cut_groups, uses, state, cache, rectified=settings.rectified, ranks=inputs.ranks
+        kept, groups, uses, state, cache, rectified=settings.rectified, ranks=inputs.ranks
     )
-    first = next(
-        (
-            layers[0].node
-            for weight, layers in uses.items()
-            if weight in changed or joint.begins_at(weight)
-        ),
-        None,
-    )
+    beginning = (weight for weight in uses if weight in changed or joint.begins_at(weight))
+    first = next((uses[weight][0].node for weight in beginning), None)
     with torch.no_grad(), cache:
         count = 0
-        for batch, images in whole_batches:
+        for batch, images in rebatch(batches):
             if layer_outputs is not None and len(layer_outputs) == len(cache):
                 layer_outputs.append({})
             outputs = None if layer_outputs is None else layer_outputs[len(cache)]
-            shown = batch.images.clone()  # of its own memory, not that of a larger batch
-            full = GraphInterpreter(dependencies.graph, full_state, shown, cached_outputs=outputs)
-            cut = GraphInterpreter(dependencies.graph, state, shown, kept.sizes)
-            del shown
+            full, cut = _interpreters(kept, full_state, state, batch.images, outputs)
             if first is not None:  # so that the images themselves are not held
                 full.advance(first)
                 cut.advance(first)
-            numbers = batch.indices[:images]
-            positions = importance.positions(batch.images[:images], numbers) if importance else {}
+            shown, numbers = batch.images[:images], batch.indices[:images]
+            positions = importance.positions(shown, numbers) if importance else {}
             cache.append(CachedBatch(full, cut, numbers, positions))
             count += images
-        count = sum(distributed.all_gather(count))
-        if not count:
+        if not (count := sum(distributed.all_gather(count))):
             raise DataError("no calibration images to re-estimate kernels from")
         refitter = _LayerRefitter(
             kept=kept,
@@ -186,6 +172,21 @@ def refit(
             tensors[name].copy_(state[name])
     write_products(inputs.smaller, inputs.ranks, tensors)
     return tuple(results)
+
+
+def _interpreters(
+    kept: KeptChannels,
+    full_state: State,
+    state: State,
+    images: Tensor,
+    outputs: LayerOutputs | None,
+) -> tuple[GraphInterpreter, GraphInterpreter]:
+    """Return the original and the cut network at the beginning of a pass."""
+    graph, shown = kept.dependencies.graph, images.clone()  # not the memory of a larger batch
+    return (
+        GraphInterpreter(graph, full_state, shown, cached_outputs=outputs),
+        GraphInterpreter(graph, state, shown, kept.sizes),
+    )
 
 
 def positions_of_image(settings: RefitSection, images: int) -> int:
