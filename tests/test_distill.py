@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from networks import Chain, randomise_norms
-from secateur.config import DistillSection
+from secateur.config import DistillSection, TaskKind
 from secateur.data import Batch, NormalisedImages, TensorImages, batches, split_calibration
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import build_dependency_graph
 from secateur.models.divergence import divergence_from, outputs_of
-from secateur.training.distill import distill
+from secateur.models.task import SINGLE_LABEL
+from secateur.training.distill import as_training, distill
 from secateur.training.feature_distillation import observe, relative_feature_error, residual_sums
 from secateur.training.outcome import Distillation
 from secateur.training.training_data import TrainingData
@@ -170,3 +172,15 @@ def test_feature_maps_approach_the_original(
         return float(relative_feature_error(sums, maps.by_module, original.by_module))
 
     assert error(10.0) < 0.7 * error(0.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixup"),
+    [("single-label", 0.5), ("binary", 0.5), ("multi-label", 0), ("detection", 0)],
+)
+def test_only_images_with_a_class_each_are_mixed(kind: TaskKind, mixup: float) -> None:
+    settings = DistillSection(mixup=0.5)
+    training = as_training(settings, replace(SINGLE_LABEL, kind=kind), has_features=True)
+    assert training.mixup == mixup
+    assert training.feature_weight == settings.feature_weight > 0
+    assert as_training(settings, SINGLE_LABEL).feature_weight == 0  # no residual sums

@@ -22,7 +22,7 @@ class DistillSection(Section):
     """Epochs of distillation on the calibration images, without labels; 0 skips this stage."""
     batch_size: int = Field(default=100, ge=2)
     """Images per step."""
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     """Peak learning rate of the cosine schedule, with AdamW."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of every parameter."""
@@ -30,9 +30,12 @@ class DistillSection(Section):
     """Steps over which the learning rate rises."""
     flip: bool = True
     """Mirror half of the images at random; turn it off for digits and letters."""
+    mixup: float = Field(default=1.0, ge=0)
+    """Parameter of mixup's Beta distribution, for classifiers of images with a class each; 0 turns
+    mixup off."""
     temperature: float = Field(default=3.0, gt=0)
     """Temperature that softens the outputs of both networks."""
-    feature_weight: float = Field(default=0.0, ge=0)
+    feature_weight: float = Field(default=3.0, ge=0)
     """Weight of the feature maps at residual sums in the loss: their relative squared error, in the
     remaining channels. Networks without residual sums have no such part."""
     precision: Precision = "auto"

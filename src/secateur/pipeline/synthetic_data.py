@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from secateur.config import RunConfig, TaskKind
-from secateur.data import SYNTHETIC, DataSet, Images, LabelKind, NormalisedImages, is_held_out
+from secateur.data import SYNTHETIC, DataSet, Images, LabelKind, NormalisedImages
 from secateur.data.annotated import AnnotatedImages
 from secateur.data.batch_reader import BatchReader
 from secateur.data.in_memory import ImagesInMemory
@@ -155,13 +154,13 @@ def extend(
 ) -> Images:
     """Return calibration images with `count` more, made of mirrored and shifted copies of them.
 
-    Each copy has its image's labels. Copies of images that `split_calibration` holds out are held
-    out, and so are no others.
+    Each copy has its image's labels. Images are copied one after the other, so that those held out
+    by `split_calibration` show what others show, too: a fit to fewer images would cost more.
     """
     batches = list(reader.read(calibration))
     pixels = torch.cat([batch.images.cpu() for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
-    sources = _sources(len(pixels), count, config.seed)
+    sources = torch.arange(count) % len(pixels)
     start = copies(pixels, sources, flip=config.distill.flip, seed=config.seed)
     bounds = pixels.amin((0, 2, 3))[:, None, None], pixels.amax((0, 2, 3))[:, None, None]
     synthetic = synthesise(model, start, FROM_COPIES, bounds, progress=reader.progress)
@@ -173,22 +172,6 @@ def steps_of_images(config: RunConfig, added: int) -> int:
     if is_synthetic(config):
         return FROM_NOISE.steps * (config.data.synthetic_images or DEFAULT_COUNT)
     return FROM_COPIES.steps * added
-
-
-def _sources(count: int, added: int, seed: int) -> Int[Tensor, "added"]:
-    """Return which of `count` images each of those to be added is made of."""
-    generator = torch.Generator().manual_seed(seed)
-    are_held_out = is_held_out(torch.arange(count))
-    sources = torch.empty(added, dtype=torch.int64)
-    added_held_out = is_held_out(torch.arange(count, count + added))
-    for part in (False, True):
-        images = (are_held_out == part).nonzero()[:, 0]
-        if not len(images):  # too few to hold any out
-            images = torch.arange(count)
-        wanted = added_held_out == part
-        drawn = torch.randint(len(images), (int(wanted.sum()),), generator=generator)
-        sources[wanted] = images[drawn]
-    return sources
 
 
 def describe_extension(count: int, added: int) -> str:

@@ -46,7 +46,7 @@ def distill(
         smaller,
         model,
         data,
-        as_training(settings, has_features=bool(sums)),
+        as_training(settings, data.task, has_features=bool(sums)),
         seed=seed,
         sums=sums,
         callbacks=replace(callbacks or TrainingCallbacks(), validate=validation),
@@ -75,8 +75,11 @@ class _Validation:
         return -divergence.divergence
 
 
-def as_training(settings: DistillSection, *, has_features: bool = False) -> TrainingSection:
+def as_training(
+    settings: DistillSection, task: Task, *, has_features: bool = False
+) -> TrainingSection:
     """Return the training that distillation is: AdamW, no labels, frozen batch norm."""
+    has_one_class = task.kind in ("single-label", "binary")
     return TrainingSection(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -84,6 +87,7 @@ def as_training(settings: DistillSection, *, has_features: bool = False) -> Trai
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup_steps,
         flip=settings.flip,
+        mixup=settings.mixup if has_one_class else 0.0,
         temperature=settings.temperature,
         feature_weight=settings.feature_weight if has_features else 0.0,
         precision=settings.precision,

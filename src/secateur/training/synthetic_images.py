@@ -40,6 +40,9 @@ class Descent:
     """At the first step, in standard deviations of the pixels; it falls to 0 as a cosine."""
 
 
+MOST_SHIFT = 2
+"""Pixels by which a batch is shifted at random before each step, as in DeepInversion: statistics
+should not depend on where strides begin."""
 FROM_NOISE = Descent(steps=100, learning_rate=0.1)
 FROM_COPIES = Descent(steps=50, learning_rate=0.05)
 """Of real images, which are less far from the statistics."""
@@ -122,9 +125,13 @@ def _synthesise_batch(
     limits = None if bounds is None else [bound.to(images) for bound in bounds]
     optimiser = torch.optim.Adam([images], descent.learning_rate * float(start.std()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, descent.steps)
+    generator = torch.Generator().manual_seed(0)
+    axes = tuple(range(2, images.ndim))
     for _ in range(descent.steps):
         next(steps)
-        (images.grad,) = torch.autograd.grad(statistics_error(model, images), [images])
+        shifts = torch.randint(-MOST_SHIFT, MOST_SHIFT + 1, (len(axes),), generator=generator)
+        moved = images.roll(shifts.tolist(), axes)
+        (images.grad,) = torch.autograd.grad(statistics_error(model, moved), [images])
         optimiser.step()
         schedule.step()
         if limits is not None:
