@@ -406,7 +406,11 @@ def cost(macs: int, latency_ms: float) -> Score:
 def test_a_latency_that_lags_behind_the_macs_is_said(
     after: Score, round_to: int, words: str
 ) -> None:
-    assert words in latency_notice(cost(100, 10.0), after, round_to)
+    notice = latency_notice(cost(100, 10.0), after, round_to)
+    assert words in notice
+    assert "--actions" not in notice
+    of_split = latency_notice(cost(100, 10.0), after, round_to, is_split=True)
+    assert "What can help: --actions channels (two thin layers take longer than one), " in of_split
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,12 @@ class RunResult(Record):
             self._refit_notice(),
             self._finetuning_notice(),
             transform_notice(self.config.model.name),
-            latency_notice(self.stages[0].score, self.stages[-1].score, self.config.plan.round_to),
+            latency_notice(
+                self.stages[0].score,
+                self.stages[-1].score,
+                self.config.plan.round_to,
+                is_split=bool(self.splits),
+            ),
         )
         return tuple(notice for notice in notices if notice)
 
@@ -242,10 +247,10 @@ def stage_title(stage: Stage, round_number: int) -> str:
     return _TITLES[stage] if round_number == 1 else f"{_TITLES[stage]} (round {round_number})"
 
 
-def latency_notice(before: Score, after: Score, round_to: int) -> str:
+def latency_notice(before: Score, after: Score, round_to: int, *, is_split: bool = False) -> str:
     """Return what to try if latency fell by less than half of what the MACs did; else nothing.
 
-    `round_to` is that of the plan. Falls of the MACs below `LEAST_FALL` are lost in the noise of
+    `round_to` is that of the plan; `is_split` says whether convolutions were split in two. Falls of the MACs below `LEAST_FALL` are lost in the noise of
     timing.
     """
     if before.macs == 0 or before.latency_ms == 0:
@@ -255,7 +260,8 @@ def latency_notice(before: Score, after: Score, round_to: int) -> str:
     if macs < LEAST_FALL or not latency < macs / 2:
         return ""
     fell = f"fell by only {latency:.0%}" if round(latency, 2) > 0 else "did not fall"
-    remedies = [] if round_to % 8 == 0 else ["--round-to 16"]
+    remedies = ["--actions channels (two thin layers take longer than one)"] if is_split else []
+    remedies += [] if round_to % 8 == 0 else ["--round-to 16"]
     remedies += ["another batch size", "torch.compile or onnxruntime (secateur export)"]
     return (
         f"Latency {fell} while the MACs fell by {macs:.0%} ({after.latency_batch} images in "
