@@ -250,8 +250,8 @@ def stage_title(stage: Stage, round_number: int) -> str:
 def latency_notice(before: Score, after: Score, round_to: int, *, is_split: bool = False) -> str:
     """Return what to try if latency fell by less than half of what the MACs did; else nothing.
 
-    `round_to` is that of the plan; `is_split` says whether convolutions were split in two. Falls of the MACs below `LEAST_FALL` are lost in the noise of
-    timing.
+    `round_to` is that of the plan; `is_split` says whether convolutions were split in two. Falls of
+    the MACs below `LEAST_FALL` are lost in the noise of timing.
     """
     if before.macs == 0 or before.latency_ms == 0:
         return ""
