@@ -3,10 +3,10 @@
     python bench/actions.py --data DIR --weights DIR [--networks PATTERN] [--seeds 3]
 
 For each of secateur's sets of actions this looks for the budget of MACs whose network takes 0.7 of
-the original's time: both compiled by `torch.compile`, 16 images at a time, timed in turns on one
-thread. The network is refitted on 2,000 images of CIFAR-10 without labels and scored on the test
-images, which choose nothing. Each measurement adds a line to `results/actions.jsonl`, and the table
-is in docs/research/low_rank.md. It needs a C++ compiler.
+the original's time: both compiled by `torch.compile`, 16 images at a time, timed interleaved on
+one thread. The network is refitted on 2,000 images of CIFAR-10 without labels and scored on the
+test images, which choose nothing. Each measurement adds a line to `results/actions.jsonl`, and the
+table is in docs/research/low_rank.md. It needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -71,9 +71,11 @@ def measure(network: str, seed: int, all_actions: list[str], arguments: argparse
     images = batches[0].images[:BATCH]
     for actions in all_actions:
         plan = config.plan.model_copy(update={"actions": tuple(actions.split(","))})
-        own = config.model_copy(update={"plan": plan, "seed": seed})
-        context = make_scoring_context(model, dataset, own, criterion_names=(own.score.criterion,))
-        pruner = Ours(model, context, own)
+        run_config = config.model_copy(update={"plan": plan, "seed": seed})
+        context = make_scoring_context(
+            model, dataset, run_config, criterion_names=(run_config.score.criterion,)
+        )
+        pruner = Ours(model, context, run_config)
         macs_left, points = TIME_LEFT, [(1.0, 1.0)]
         best: Measurement = {}
         for _ in range(ATTEMPTS):
@@ -112,8 +114,8 @@ def measure(network: str, seed: int, all_actions: list[str], arguments: argparse
 def next_budget(points: list[tuple[float, float]]) -> float:
     """Return the budget at which the line through the two nearest points has the wanted time."""
     (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - TIME_LEFT))[:2]
-    slope = (y1 - y0) / (x1 - x0) if x1 != x0 else 1.0
-    return x0 + (TIME_LEFT - y0) / (slope if abs(slope) > 0.1 else 1.0)
+    rise = (y1 - y0) / (x1 - x0) if x1 != x0 else 1.0
+    return x0 + (TIME_LEFT - y0) / (rise if abs(rise) > 0.1 else 1.0)
 
 
 def time_ratios(model: nn.Module, smaller: nn.Module, images: Tensor) -> list[float]:

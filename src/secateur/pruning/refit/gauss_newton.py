@@ -358,7 +358,7 @@ def _random_signs(numbers: Tensor, like: Tensor) -> Tensor:
 
 def _dual(value: Tensor, change: Tensor) -> Tensor:
     """Return a value that carries its change along."""
-    with warnings.catch_warnings(action="ignore"):  # torch 2.14 says of its own code that it is old
+    with warnings.catch_warnings(action="ignore"):  # torch 2.14's code is deprecated in torch 2.14
         dual: Tensor = forward_ad.make_dual(value, change)
         return dual
 

@@ -84,8 +84,8 @@ class JointRefitter:
             for batch in self._cache:
                 batch.full.advance(segment.first)
                 batch.cut.advance(segment.first)
-                for each in beginning:
-                    batch.starts[each.group] = (batch.full.copy(), batch.cut.copy())
+                for other in beginning:
+                    batch.starts[other.group] = (batch.full.copy(), batch.cut.copy())
 
     def end(self, weight: str, images: int) -> JointRefit | None:
         """Estimate the kernels around a group if this is the last of them; return what it gained.
@@ -94,7 +94,7 @@ class JointRefitter:
         gain is returned.
         """
         result = None
-        for segment in [each for each in self._begun if each.weights[-1] == weight]:
+        for segment in [begun for begun in self._begun if begun.weights[-1] == weight]:
             fitting = max(FEWEST_IMAGES, -(-POSITIONS // segment.positions))
             wanted = min(images, MOST_IMAGES, fitting)
             problem = SegmentProblem(segment, self._kept, self._state, self._cache, wanted)

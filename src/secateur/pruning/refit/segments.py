@@ -80,15 +80,15 @@ def find_segments(
     for name, group in dependencies.groups.items():
         if len(removed.get(name, ())) < max(1, LEAST_REMOVED * len(group)):
             continue
-        producers, readers = _layers_around(group, dependencies.graph, uses)
-        if not producers or not readers:
+        producers, consumers = _layers_around(group, dependencies.graph, uses)
+        if not producers or not consumers:
             continue
-        targets = tuple(target_layer(refit_layer(layer, kept)) for layer in readers)
+        targets = tuple(target_layer(refit_layer(layer, kept)) for layer in consumers)
         values = [place[value_node(target)] for target in targets]
         if max(place[layer.node] for layer in producers) > min(values):
             continue  # a whole stage, coupled by its residual sums
         kernels = [_kernel(layer, kept, group) for layer in producers]
-        kernels += [_kernel(layer, kept, None) for layer in readers]
+        kernels += [_kernel(layer, kept, None) for layer in consumers]
         kernels.sort(key=lambda kernel: place[kernel.layer.node])
         last = dependencies.graph.nodes[max(values) + 1]
         segments.append(Segment(name, tuple(kernels), targets, rectified, last))
