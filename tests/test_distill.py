@@ -77,10 +77,21 @@ def test_outputs_approach_the_original(
     assert distance(model, smaller, calibration) < 0.7 * before
 
 
-def test_the_epoch_with_the_smallest_held_out_divergence_is_kept(
-    model: Chain, calibration: TensorImages, generator: torch.Generator
+def test_the_last_epoch_is_kept_unless_the_divergence_grew(
+    model: Chain,
+    calibration: TensorImages,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    smaller = disturbed(model, generator)
+    start = disturbed(model, generator)
+    smaller = copy.deepcopy(start)
+    result = distilled(model, smaller, calibration)
+    divergences = [result.before.divergence, *(e.held_out.divergence for e in result.epochs)]
+    assert divergences[-1] < divergences[0]
+    assert result.chosen == 4
+    assert distance(model, smaller, calibration) == pytest.approx(divergences[-1])
+    monkeypatch.setattr("secateur.training.distill.GROWTH", -1.0)  # any divergence is too large
+    smaller = copy.deepcopy(start)
     result = distilled(model, smaller, calibration, learning_rate=0.05)
     divergences = [result.before.divergence, *(e.held_out.divergence for e in result.epochs)]
     assert result.chosen == divergences.index(min(divergences))

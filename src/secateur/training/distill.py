@@ -13,11 +13,16 @@ from secateur.config import DistillSection, TrainingSection
 from secateur.data import Batch
 from secateur.models.divergence import divergence_from, outputs_of
 from secateur.models.score import OutputDivergence
+from secateur.models.state_dict import load_state
 from secateur.models.task import Logits, Task
 from secateur.training.feature_distillation import ResidualSum
 from secateur.training.outcome import Distillation, DistillEpoch
 from secateur.training.trainer import TrainingCallbacks, train
 from secateur.training.training_data import TrainingData
+
+GROWTH = 0.1
+"""By how much of it the held-out divergence may grow. Networks trained on mixed images are less
+sure of their outputs: at the same divergence they predict the original's classes more often."""
 
 
 def distill(
@@ -35,9 +40,10 @@ def distill(
 
     With `settings.feature_weight` also towards its feature maps at the residual `sums`, if any.
 
-    The weights with the smallest divergence on `held_out` are kept, those before the first epoch
-    included, so the divergence never grows. It is computed from outputs softened as in training.
-    Batch norm stays in evaluation mode. Raises `SecateurError` if the loss is no longer finite.
+    The last epoch's weights are kept, unless the divergence on `held_out` has grown by more than
+    `GROWTH`: then those with the smallest one, which may be those before the first epoch. It is
+    computed from outputs softened as in training. Batch norm stays in evaluation mode. Raises
+    `SecateurError` if the loss is no longer finite.
     """
     validation = _Validation(
         outputs_of(model, held_out(), data.task), held_out, settings.temperature, data.task
@@ -52,8 +58,12 @@ def distill(
         callbacks=replace(callbacks or TrainingCallbacks(), validate=validation),
     )
     before, *after = validation.divergences
+    chosen = len(after)
+    if after and after[-1].divergence > (1 + GROWTH) * before.divergence:
+        chosen = training.best_epoch
+        load_state(smaller, training.best)
     epochs = zip(training.epochs, after, strict=True)
-    return Distillation(before, tuple(DistillEpoch(*pair) for pair in epochs), training.best_epoch)
+    return Distillation(before, tuple(DistillEpoch(*pair) for pair in epochs), chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,5 +104,4 @@ def as_training(
         label_weight=0.0,
         optimiser="adamw",
         freeze_batchnorm=True,
-        keep="best",
     )

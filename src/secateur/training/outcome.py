@@ -58,4 +58,4 @@ class Distillation:
     """Before the first epoch."""
     epochs: tuple[DistillEpoch, ...]
     chosen: int
-    """The epoch whose weights were kept; 0 if none diverged less than the network before it."""
+    """The epoch whose weights were kept; 0 for the network before the first one."""
