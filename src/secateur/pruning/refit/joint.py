@@ -22,6 +22,7 @@ error on the images that are held out is not taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from secateur.graph.channel_ids import Layer
@@ -36,6 +37,8 @@ from secateur.pruning.refit.segments import Segment, find_segments
 
 POSITIONS = 2**18
 """Positions that a group is estimated from, of as many images as have them…"""
+PIXELS = 2**20
+"""…and as many pixels, since each step is two passes through that part of the network…"""
 FEWEST_IMAGES, MOST_IMAGES = 16, 512
 """…but of so many images."""
 
@@ -66,6 +69,8 @@ class JointRefitter:
             for segment in find_segments(kept, removed, uses, rectified=rectified)
             if not any(kernel.layer.layer.name in ranks for kernel in segment.kernels)
         ]
+        shape = kept.dependencies.graph.image.meta["val"].shape
+        self._pixels = max(1, math.prod(int(size) for size in shape[2:]))
         self._begun: list[Segment] = []
         """Not yet at their end, in the order of execution."""
 
@@ -95,8 +100,8 @@ class JointRefitter:
         """
         result = None
         for segment in [begun for begun in self._begun if begun.weights[-1] == weight]:
-            fitting = max(FEWEST_IMAGES, -(-POSITIONS // segment.positions))
-            wanted = min(images, MOST_IMAGES, fitting)
+            fitting = min(-(-POSITIONS // segment.positions), PIXELS // self._pixels)
+            wanted = min(images, MOST_IMAGES, max(FEWEST_IMAGES, fitting))
             problem = SegmentProblem(segment, self._kept, self._state, self._cache, wanted)
             result = problem.solve()
             place = self._begun.index(segment)
