@@ -32,7 +32,13 @@ def small_config(model_file: Path, **sections: Mapping[str, object]) -> RunConfi
     """A run of the small network on digits that takes a second or two."""
     tables: dict[str, dict[str, object]] = {
         "model": {"name": f"{model_file}:small", "allow_untrained": True},
-        "data": {"source": "digits", "image_size": 32, "calibration_images": 100, "batch_size": 50},
+        "data": {
+            "source": "digits",
+            "image_size": 32,
+            "calibration_images": 100,
+            "batch_size": 50,
+            "synthetic_images": 0,
+        },
         "finetune": {"epochs": 0, "batch_size": 64, "warmup_steps": 0, "flip": False},
         "report": {"images": 0},  # a third of the time of such a run is its gallery
     }

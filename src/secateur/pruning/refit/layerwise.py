@@ -124,12 +124,12 @@ def refit(
     importance = make_importance(kept, full_state, task, settings, seed)
     uses = uses_by_kernel(dependencies)
     changed = _changed_kernels(inputs, uses)
-    groups = inputs.removed if settings.joint and settings.layers == "downstream" else {}
+    is_joint = settings.joint and settings.layers == "downstream" and importance is None
+    groups = inputs.removed if is_joint else {}
     joint = JointRefitter(
         kept, groups, uses, state, cache, rectified=settings.rectified, ranks=inputs.ranks
     )
-    beginning = (weight for weight in uses if weight in changed or joint.begins_at(weight))
-    first = next((uses[weight][0].node for weight in beginning), None)
+    first = next((uses[w][0].node for w in uses if w in changed or joint.begins_at(w)), None)
     with torch.no_grad(), cache:
         count = 0
         for batch, images in rebatch(batches):
