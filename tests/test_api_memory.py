@@ -37,11 +37,12 @@ print((peak - before) / size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
-@pytest.mark.parametrize(("source", "copies"), [("tensor", 1.8), ("stream", 2.4)])
+@pytest.mark.parametrize(("source", "copies"), [("tensor", 2.4), ("stream", 3.2)])
 def test_images_are_not_copied(source: str, copies: float) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, source], capture_output=True, text=True, check=True
     )
     # Batches, feature maps and patches take as much as these small images; a stream's are held
-    # once. Before, there were 4.1 and 3.8 copies.
+    # once. The joint estimate holds them while it is at the first convolution. There once were 4.1
+    # and 3.8 copies.
     assert float(done.stdout) < copies
