@@ -253,6 +253,7 @@ def test_fast_changes_defaults_alone() -> None:
     assert fast.score.criterion == "l1"
     assert fast.data.calibration_images == 500
     assert fast.plan.sensitivity_images == 32
+    assert not fast.refit.joint
     assert from_dict(fast.model_dump(mode="json", exclude_none=True), RunConfig) == fast
     few = {"source": "digits", "calibration_images": 100}
     partly = config(score={"fast": True, "criterion": "taylor"}, data=few)

@@ -219,8 +219,8 @@ class ScoreSection(Section):
     precision: Precision = "float32"
     """Precision of the scoring pass; `bfloat16` is faster on some CPUs."""
     fast: bool = False
-    """A first look: at most 500 calibration images, `l1` in place of `vote`, and the sensitivity of
-    each layer on at most 32 images."""
+    """A first look: at most 500 calibration images, `l1` in place of `vote`, the sensitivity of each
+    layer on at most 32 images, and no joint estimate in the refit."""
 
 
 def _split_names(value: object) -> object:
@@ -382,6 +382,9 @@ class RunConfig(Section):
             asked = values.get(key, count) if isinstance(values, dict) else None
             if isinstance(asked, int):
                 content[section] = {**values, key: min(asked, count)}
+        refit = content.get("refit", {})
+        if isinstance(refit, dict):
+            content["refit"] = {"joint": False, **refit}
         return content
 
 
