@@ -219,8 +219,8 @@ class ScoreSection(Section):
     precision: Precision = "float32"
     """Precision of the scoring pass; `bfloat16` is faster on some CPUs."""
     fast: bool = False
-    """A first look: at most 500 calibration images, `l1` in place of `vote`, the sensitivity of each
-    layer on at most 32 images, and no joint estimate in the refit."""
+    """A first look: at most 500 calibration images, `l1` in place of `vote`, the sensitivity of
+    each layer on at most 32 images, and no joint estimate in the refit."""
 
 
 def _split_names(value: object) -> object:
