@@ -170,12 +170,13 @@ class PlainPass:
         snapshot: int,
         unchanged: Iterable[Node],
     ) -> None:
-        self.images, self.snapshot = len(images), snapshot
-        self.interpreter = GraphInterpreter(graph, state, images)
+        self.images: int = len(images)
+        self.snapshot: int = snapshot
+        self.interpreter: GraphInterpreter = GraphInterpreter(graph, state, images)
         """Advances from group to group."""
         self.unchanged: dict[Node, Any] = {}
         keep = {node: partial(self.unchanged.__setitem__, node) for node in unchanged}
-        self.outputs = self.interpreter.copy().finish(after=keep)
+        self.outputs: list[Tensor] = self.interpreter.copy().finish(after=keep)
 
 
 class _GroupMeasurement(Measurement):

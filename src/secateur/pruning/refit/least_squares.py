@@ -251,7 +251,8 @@ class Products:
     def __init__(
         self, groups: int, left: int, right: int, device: torch.device, *, is_square: bool
     ) -> None:
-        self._is_square, self.device = is_square, device
+        self._is_square = is_square
+        self.device: torch.device = device
         self._centres: tuple[Tensor, Tensor] | None = None
         """What rows are taken relative to, `[group, 1, value]` of both kinds: the means of the
         first ones, in float32."""
