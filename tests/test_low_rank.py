@@ -76,6 +76,8 @@ def test_a_kernel_is_the_product_of_its_factors(
         {"kernel_size": (5, 3), "padding": (0, 2), "stride": (1, 2), "dilation": (1, 2)},
         {"kernel_size": 3, "padding": "same", "bias": False},
         {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 1, "padding": 1},
+        {"kernel_size": (1, 3), "padding": (2, 1), "bias": False},
         {"kernel_size": (1, 3), "padding": (0, 1), "stride": (2, 1)},
     ],
 )

@@ -136,12 +136,6 @@ def matrix_of(kernel: Float[Tensor, "output input height width"]) -> Matrix:
     return ordered.reshape(inputs * height * width, outputs)
 
 
-def kernel_of(matrix: Matrix, shape: Sequence[int]) -> Float[Tensor, "output input height width"]:
-    """Return the kernel of a shape that `matrix_of` makes a matrix of."""
-    outputs, inputs, height, width = shape
-    return matrix.reshape(inputs, height, width, outputs).permute(3, 0, 1, 2)
-
-
 def factorise(
     kernel: Float[Tensor, "output input height width"], rank: int
 ) -> tuple[Float[Tensor, "rank input _ _"], Float[Tensor, "output rank _ _"]]:
@@ -193,23 +187,22 @@ def replace_by_factors(model: nn.Module, ranks: Ranks) -> None:
 
 
 def _factors(layer: nn.Conv2d, rank: int) -> nn.Sequential:
-    vertical, horizontal = zip(
-        layer.kernel_size, layer.stride, layer.dilation, strict=True
-    )  # size, stride and dilation along each dimension
+    edges = layer.padding if isinstance(layer.padding, tuple) else (0, 0)
+    # Size, stride, dilation and padding along each dimension, and those of a size of 1.
+    vertical, horizontal = zip(layer.kernel_size, layer.stride, layer.dilation, edges, strict=True)
+    nothing = (1, 1, 1, 0)
     if form_of(layer.weight.shape) == "spatial":
-        parts = [(vertical, (1, 1, 1)), ((1, 1, 1), horizontal)]
+        parts = [(vertical, nothing), (nothing, horizontal)]
     else:
-        parts = [(vertical, horizontal), ((1, 1, 1), (1, 1, 1))]
+        parts = [(vertical, horizontal), (nothing, nothing)]
     channels = [(layer.in_channels, rank), (rank, layer.out_channels)]
     kernels = factorise(layer.weight.detach(), rank)
     factors = []
     for number, (kernel, dims, (inputs, outputs)) in enumerate(
         zip(kernels, parts, channels, strict=True)
     ):
-        size, stride, dilation = ((dims[0][i], dims[1][i]) for i in range(3))
-        padding: str | tuple[int, ...] = layer.padding
-        if not isinstance(padding, str):
-            padding = tuple(p if n > 1 else 0 for p, n in zip(padding, size, strict=True))
+        size, stride, dilation, edge = ((dims[0][i], dims[1][i]) for i in range(4))
+        padding = layer.padding if isinstance(layer.padding, str) else edge
         has_bias = number == 1 and layer.bias is not None
         arguments: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         part = nn.Conv2d(inputs, outputs, size, bias=has_bias, **arguments)
