@@ -320,8 +320,8 @@ class RefitSection(Section):
     rectified: bool = True
     """With `patch`: count errors only where the ReLU behind the layer lets them through."""
     joint: bool = True
-    """Then estimate the kernels that produce and those that read a group's channels together, for
-    what the readers put out; not with `layers = "consumers"` or positions by importance."""
+    """Then estimate the kernels that produce and those that consume a group's channels together,
+    for what the consumers put out; not with `layers = "consumers"` or positions by importance."""
     memory_mib: int = Field(default=4096, ge=1)
     """Memory for activations, sums of products and patches, in MiB. Activations beyond one half are
     cached in temporary files; of the other half, patches get a quarter, and a layer whose sums need

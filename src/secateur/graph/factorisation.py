@@ -48,11 +48,6 @@ class FactorableLayer:
     first_positions: int
     """Positions per image of the first of the two; the second has those of the layer."""
 
-    @property
-    def name(self) -> str:
-        """Dotted name of the convolution's module."""
-        return self.layer.name
-
     def first_values(self, inputs: int) -> int:
         """Return the number of weights that a channel in between takes in the first of the two."""
         _, _, height, width = self.layer.shape

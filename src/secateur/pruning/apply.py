@@ -15,7 +15,8 @@ from secateur.runtime.errors import RunFolderError
 def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
     """Return a copy of `model` without the plan's filters and everything that depends on them.
 
-    Convolutions with a rank in the plan are two each (`graph.factorisation`).
+    Convolutions with a rank in the plan are two each (`graph.factorisation`), without the hooks
+    that they had.
     The copy has the mode, hooks, dtype, memory format and `requires_grad` of `model`, which is not
     changed. Of a network that is compiled or wrapped in `DataParallel` the network itself is copied
     and returned. Raises `RunFolderError` if the plan was

@@ -25,8 +25,8 @@ class SizeTrial:
 class JointRefit:
     """What estimating the kernels around a group together achieved, on held-out images.
 
-    The errors are squared ones of what the group's readers put out, or of the residual sum that it
-    goes into, over the variance of the original's.
+    The errors are squared ones of what the group's consumers put out, or of the residual sum that
+    it goes into, over the variance of the original's.
     """
 
     group: str

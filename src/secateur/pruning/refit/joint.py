@@ -2,13 +2,13 @@
 
 The refit before (`layerwise`) estimates the kernels that produce a group's remaining channels
 towards what those channels were in the original network. But what they were is not what serves
-their readers best, now that the other channels are gone. So the kernels that produce and those that
-read a group are estimated once more, both for what the readers put out:
+their consumers best, now that the other channels are gone. So the kernels that produce a group and
+those that consume it are estimated once more, both for what the consumers put out:
 
     argmin over the kernels and offsets of E |y - f(x)|^2
 
 where x is what the pruned network feeds the first of them, f the part of the pruned network from
-there to the readers' outputs, or to the residual sum that these go into, and y the value there in
+there to the consumers' outputs, or to the residual sum that these go into, and y the value there in
 the original network. If only a ReLU reads that value, errors that it hides don't count. No label is
 needed.
 
