@@ -102,6 +102,14 @@ RANK = "channels and rank"
 RANK_DISTILLED = "channels and rank, distilled"
 CRITERIA = ("reconstruction", "l1", "random")
 """Other criteria, with secateur's allocation and refit."""
+PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "equal shares": {"plan": {"allocation": "uniform"}},
+    "only consumers refitted": {"refit": {"layers": "consumers"}},
+    "errors that a rectifier hides count": {"refit": {"rectified": False}},
+    "without the joint estimate": {"refit": {"joint": False}},
+    "without new batch-norm statistics": {"refit": {"recalibrate_batchnorm": False}},
+}
+"""secateur's settings without one of its parts (`bench/ablation.py`)."""
 OPTIONS = {
     "cifar10": ("", RANK, FAST, DISTILLED, RANK_DISTILLED, *FEW, NO_IMAGES, *CRITERIA),
     "imagenet": tuple(CALIBRATIONS),
@@ -114,6 +122,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     RANK: {"plan": _ACTIONS},
     RANK_DISTILLED: {"plan": _ACTIONS, "distill": {"epochs": DISTILL_EPOCHS}},
     **{name: {"score": {"criterion": name}} for name in CRITERIA},
+    **PARTS,
 }
 """What secateur's options change in a configuration, by section."""
 STAGES = ("cut", "recalibrated", "refit", "distilled")
@@ -415,7 +424,7 @@ class Study:
     def _inputs(self, options: str) -> tuple[RunConfig, DataSet, nn.Module]:
         """Return the configuration, the images and the network, with secateur's options."""
         if self._study == "imagenet":
-            calibration = CALIBRATIONS[options or PEER_CALIBRATION]
+            calibration = CALIBRATIONS.get(options, CALIBRATIONS[PEER_CALIBRATION])
             config, dataset, model = load_study(self._network, self._arguments, calibration)
             config = resolve_config(config, dataset, model)
         else:

@@ -8,13 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import CLASSES, make_network, random_images, randomise_norms
+from other_inputs import Clips
 from secateur.config import Budget, RefitSection
 from secateur.data import Batch
 from secateur.graph.build import build_dependency_graph
+from secateur.graph.interpreter import GraphInterpreter
+from secateur.graph.kept_channels import KeptChannels
+from secateur.graph.module_state import tensors_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
+from secateur.pruning.refit.kernel_uses import uses_by_kernel
+from secateur.pruning.refit.layers import RefitLayer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
+from secateur.pruning.refit.rows import in_patch_order
+from secateur.pruning.refit.segment_function import Seen, SegmentFunction
+from secateur.pruning.refit.segments import find_segments
 
 JOINT, LAYERWISE = RefitSection(positions=10_000), RefitSection(positions=10_000, joint=False)
 
@@ -142,6 +151,63 @@ def test_rows_that_produce_other_channels_stay() -> None:
     assert any(result.joint is not None for result in results)
     with torch.no_grad():
         assert torch.isfinite(smaller(random_images(3, seed=5))).all()
+
+
+def test_frames_of_a_clip_are_held_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Clips().eval()
+    clips = random_images(80, seed=3).unflatten(0, (-1, 2))
+    frames: list[list[int]] = []
+    patches = RefitLayer.patches
+
+    def recorded(self: RefitLayer, inputs: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        if len(rows) == 64:
+            frames.append(rows.tolist())
+        return patches(self, inputs, positions, rows)
+
+    monkeypatch.setattr(RefitLayer, "patches", recorded)
+    dependencies = build_dependency_graph(model, clips[:3])
+    removed = {"body.2": tuple(range(0, 16, 2))}
+    plan = PruningPlan(removed, Budget("macs", 0.5), "test")
+    smaller = apply_plan(model, dependencies, plan)
+    inputs = RefitInputs(model, smaller, dependencies, removed)
+    results = refit(inputs, in_batches(clips), JOINT, seed=0)
+    assert results[0].joint is not None
+    assert frames == [[frame for frame in range(80) if frame // 2 % 5 != 4]]
+
+
+def test_changes_are_the_derivative_behind_a_folded_norm() -> None:
+    model, removed = block().double(), {"first": (0, 2, 3, 5, 7)}
+    images = random_images(4, seed=3).double()
+    dependencies = build_dependency_graph(model, images[:1])
+    smaller = apply_plan(model, dependencies, PruningPlan(removed, Budget("macs", 0.5), "test"))
+    kept, state = KeptChannels(dependencies, removed), tensors_of(smaller)
+    uses = uses_by_kernel(dependencies)
+    (segment,) = find_segments(kept, removed, uses, rectified=False)
+    function = SegmentFunction(segment, kept, state)
+    start = GraphInterpreter(dependencies.graph, state, images, kept.sizes)
+    start.advance(segment.first)
+    kernels = [in_patch_order(state[name]) for name in segment.weights]
+    point = [(kernel, kernel.new_zeros(kernel.shape[:2])) for kernel in kernels]
+    seen: Seen = {}
+    with torch.no_grad():
+        (sums,) = function(start, point, seen)
+        torch.testing.assert_close(sums.relu(), smaller.block(images))  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+        direction = [
+            (torch.randn(k.shape, generator=generator).double(), torch.ones_like(o))
+            for k, o in point
+        ]
+        (change,) = function.changes(start, seen, direction)
+        ends = [
+            [
+                (k + step * change_k, o + step * change_o)
+                for (k, o), (change_k, change_o) in zip(point, direction, strict=True)
+            ]
+            for step in (1e-6, -1e-6)
+        ]
+        (ahead,), (behind,) = (function(start, end) for end in ends)
+    torch.testing.assert_close(change, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "depthwise", "flattened"])

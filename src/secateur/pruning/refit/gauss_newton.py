@@ -9,27 +9,31 @@ reaches its outputs (the Kronecker factors of Martens and Grosse, ICML 2015).
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.fx.node import Node
 
 from secateur.data import is_held_out
 from secateur.data.splits import HELD_OUT_EVERY
-from secateur.graph.interpreter import apply
 from secateur.graph.kept_channels import KeptChannels
-from secateur.graph.network_graph import Compute, NodeHook
 from secateur.graph.patches import PositionSampling
 from secateur.pruning.outcome import JointRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.regression_targets import State
-from secateur.pruning.refit.rows import in_patch_order
-from secateur.pruning.refit.segments import Segment, SegmentKernel, value_node
+from secateur.pruning.refit.rows import in_patch_order, row_numbers
+from secateur.pruning.refit.segment_function import (
+    Direction,
+    Seen,
+    SegmentFunction,
+    catch,
+    gradients,
+    requiring_gradients,
+)
+from secateur.pruning.refit.segments import Segment, value_node
+from secateur.pruning.refit.target_layers import TargetLayer
 from secateur.runtime import distributed
 from secateur.runtime.device import sums_device
 
@@ -42,11 +46,17 @@ SAMPLED = 32
 RIDGE = 1e-3
 """Added to a covariance and to the normal equations, as a multiple of the mean variance."""
 
-Direction = list[tuple[Tensor, Tensor]]
-"""For each kernel: a change of it, `[group, output, value]` (`in_patch_order`), and of its offset,
-`[group, output]`."""
-_Seen = dict[Node, tuple[Tensor, Tensor]]
-"""Input and output of layers, by node."""
+
+@dataclass(frozen=True, eq=False)
+class _LinearPart:
+    """A batch's part of the linearised problem."""
+
+    point: Direction
+    outputs: list[Tensor]
+    """The targets' values as a function of `point`, for gradients."""
+    counts: Sequence[Tensor]
+    """Where a change of the outputs counts."""
+    seen: Seen
 
 
 @dataclass(eq=False)
@@ -65,15 +75,20 @@ class SegmentProblem:
     _scales: list[Tensor] = field(default_factory=list)
     """For each kernel the summed square of what reaches its outputs, `[group, output, 1]`."""
     _ridges: list[float] = field(default_factory=list)
+    _linear: list[_LinearPart] = field(default_factory=list)
+    """For each batch that has images which are fitted to."""
+
+    def __post_init__(self) -> None:
+        self._function = SegmentFunction(self.segment, self.kept, self.state)
 
     def solve(self) -> JointRefit:
         """Write the kernels that lower the error on the held-out images, if any do."""
         for batch in self.cache:
-            if self._share(batch):
+            if bool(self._used(batch).any()):
                 batch.targets = [tuple(self._wanted(batch))]
         start = self._start()
         gradient = self._linearise(start)
-        step = self._conjugate_gradients(start, gradient)
+        step = self._conjugate_gradients(gradient)
         before = error = self._error(start)
         best = start
         for fraction in FRACTIONS:
@@ -93,22 +108,24 @@ class SegmentProblem:
             batch.targets = []
         return JointRefit(self.segment.group, before, error)
 
-    def _share(self, batch: CachedBatch) -> int:
-        """Return how many of a batch's images are used: those with the first numbers."""
-        return int((batch.indices < self.images).sum())
+    def _used(self, batch: CachedBatch) -> Tensor:
+        """Return which of a batch's images are used: those with the first numbers."""
+        return batch.indices < self.images
 
     def _is_fitted(self, batch: CachedBatch) -> Tensor:
         """Return which of a batch's images the kernels are fitted to."""
-        used = batch.indices < self.images
-        return used & ~(is_held_out(batch.indices) & (self.images >= HELD_OUT_EVERY))
+        return self._used(batch) & ~(is_held_out(batch.indices) & (self.images >= HELD_OUT_EVERY))
 
     def _wanted(self, batch: CachedBatch) -> list[Tensor]:
         """Return what the targets are in the original network, of a batch's images that count."""
-        nodes = [value_node(target) for target in self.segment.targets]
+        nodes = {value_node(target): target for target in self.segment.targets}
         values: dict[Node, Tensor] = {}
         full = batch.starts[self.segment.group][0].copy()
-        full.advance(self.segment.last, after={node: _catch(values, node) for node in nodes})
-        return [self.kept.select(node, values[node])[: len(batch.indices)] for node in nodes]
+        full.advance(self.segment.last, after={node: catch(values, node) for node in nodes})
+        return [
+            _of_images(batch, target, self.kept.select(node, values[node]))
+            for node, target in nodes.items()
+        ]
 
     def _start(self) -> Direction:
         start = []
@@ -118,26 +135,14 @@ class SegmentProblem:
         return start
 
     def _outputs(
-        self, batch: CachedBatch, point: Direction, seen: _Seen | None = None
+        self, batch: CachedBatch, point: Direction, seen: Seen | None = None
     ) -> list[Tensor]:
-        """Return the targets' values in the cut network with other kernels and offsets.
-
-        `seen` is filled with the inputs and outputs of the layers themselves.
-        """
-        overrides: dict[Node, Compute] = {}
-        for kernel, (values, offset) in zip(self.segment.kernels, point, strict=True):
-            overrides[kernel.layer.node] = _with_kernel(
-                kernel, self.state, self.kept, values, offset, seen
-            )
-        nodes = [value_node(target) for target in self.segment.targets]
-        values_of: dict[Node, Tensor] = {}
-        cut = batch.starts[self.segment.group][1].copy()
-        cut.advance(
-            self.segment.last,
-            after={node: _catch(values_of, node) for node in nodes},
-            overrides=overrides,
-        )
-        return [values_of[node][: len(batch.indices)] for node in nodes]
+        """Return the targets' values with other kernels and offsets, of the images that count."""
+        outputs = self._function(batch.starts[self.segment.group][1], point, seen)
+        return [
+            _of_images(batch, target, output)
+            for target, output in zip(self.segment.targets, outputs, strict=True)
+        ]
 
     def _errors(
         self, batch: CachedBatch, outputs: Sequence[Tensor], chosen: Tensor
@@ -149,8 +154,9 @@ class SegmentProblem:
         for target, wanted, output in zip(
             self.segment.targets, batch.targets[0], outputs, strict=True
         ):
-            images = chosen.to(output.device).view(-1, *[1] * (output.dim() - 1))
-            counts = images.expand_as(output)
+            rows = chosen.repeat_interleave(target.layer.rows_per_image).to(output.device)
+            rows = rows.view(-1, *[1] * (output.dim() - 1))
+            counts = rows.expand_as(output)
             error = wanted - output
             if self.segment.rectified and target.rectified:
                 counts = counts & ((wanted > 0) | (output > 0))
@@ -170,7 +176,7 @@ class SegmentProblem:
         """
         sums = [0.0] * 4
         for batch in self.cache:
-            chosen = (batch.indices < self.images) & ~self._is_fitted(batch)
+            chosen = self._used(batch) & ~self._is_fitted(batch)
             if self.images < HELD_OUT_EVERY:
                 chosen = ~chosen
             if not bool(chosen.any()):
@@ -179,7 +185,7 @@ class SegmentProblem:
             for target, wanted, output in zip(
                 self.segment.targets, batch.targets[0], outputs, strict=True
             ):
-                index = chosen.to(output.device)
+                index = chosen.repeat_interleave(target.layer.rows_per_image).to(output.device)
                 expected, actual = wanted[index], output[index]
                 if self.segment.rectified and target.rectified:
                     expected, actual = expected.relu(), actual.relu()
@@ -205,20 +211,28 @@ class SegmentProblem:
         ]
         for batch, chosen in self._fitted_batches():
             with torch.enable_grad():
-                point = _requiring_gradients(start)
-                seen: _Seen = {}
+                point = requiring_gradients(start)
+                seen: Seen = {}
                 outputs = self._outputs(batch, point, seen)
             errors, counts = zip(*self._errors(batch, outputs, chosen), strict=True)
-            _add(gradient, _gradients(outputs, point, errors))
-            signs = [_random_signs(batch.indices, count) * count for count in counts]
-            reaching = torch.autograd.grad(
-                outputs, [seen[kernel.layer.node][1] for kernel in kernels], signs
-            )
+            _add(gradient, gradients(outputs, point, errors))
+            self._linear.append(_LinearPart(point, outputs, counts, seen))
+            signs = [
+                _random_signs(row_numbers(batch.indices, target.layer.rows_per_image), count)
+                * count
+                for target, count in zip(self.segment.targets, counts, strict=True)
+            ]
+            values = [seen[kernel.layer.node][1] for kernel in kernels]
+            reaching = torch.autograd.grad(outputs, values, signs, retain_graph=True)
             for number, kernel in enumerate(kernels):
-                layer, used = kernel.layer, chosen.nonzero()[:, 0]
+                layer = kernel.layer
+                used = chosen.repeat_interleave(layer.rows_per_image).nonzero()[:, 0]
                 squares = layer.maps(reaching[number]).square().sum((0, 2)).to(place).double()
-                scales[number] += squares.view_as(scales[number])
-                sampling = PositionSampling(batch.indices, SAMPLED, 0.0)
+                factor = self._function.scales[number].to(squares)
+                scales[number] += squares.view_as(factor) * factor.square()
+                sampling = PositionSampling(
+                    row_numbers(batch.indices, layer.rows_per_image), SAMPLED, 0.0
+                )
                 positions = sampling.over(layer.positions)[used]
                 rows = layer.patches(seen[layer.node][0].detach(), positions, used).float()
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
@@ -255,37 +269,30 @@ class SegmentProblem:
             result.append((kernel * rows[..., None], shift))
         return result
 
-    def _normal_product(self, start: Direction, direction: Direction) -> Direction:
+    def _normal_product(self, direction: Direction) -> Direction:
         """Return J'J times a direction, J being the Jacobian of what counts at the targets."""
         result = [(torch.zeros_like(k), torch.zeros_like(o)) for k, o in direction]
-        for batch, chosen in self._fitted_batches():
-            with torch.enable_grad(), forward_ad.dual_level():
-                point = _requiring_gradients(start)
-                dual = [
-                    (_dual(kernel, change), _dual(offset, shift))
-                    for (kernel, offset), (change, shift) in zip(point, direction, strict=True)
-                ]
-                unpacked = [forward_ad.unpack_dual(o) for o in self._outputs(batch, dual)]
-                outputs = [value.primal for value in unpacked]
-                changes = [value.tangent for value in unpacked]
-            counts = (counts for _, counts in self._errors(batch, outputs, chosen))
-            changes = [
-                change.detach() * count for change, count in zip(changes, counts, strict=True)
+        for (batch, _), part in zip(self._fitted_batches(), self._linear, strict=True):
+            start = batch.starts[self.segment.group][1]
+            changes = self._function.changes(start, part.seen, direction)
+            counted = [
+                change[: len(count)] * count
+                for change, count in zip(changes, part.counts, strict=True)
             ]
-            _add(result, _gradients(outputs, point, changes))
+            _add(result, gradients(part.outputs, part.point, counted))
         distributed.all_reduce_sum([part for pair in result for part in pair])
         for (kernel, _), (change, _), ridge in zip(result, direction, self._ridges, strict=True):
             kernel.add_(change, alpha=ridge)
         return self._allowed(result)
 
-    def _conjugate_gradients(self, start: Direction, gradient: Direction) -> Direction:
+    def _conjugate_gradients(self, gradient: Direction) -> Direction:
         """Return the approximate solution of the normal equations after `STEPS` steps."""
         solution = [(torch.zeros_like(k), torch.zeros_like(o)) for k, o in gradient]
         residual = gradient
         improved = self._preconditioned(residual)
         along, square = improved, _dot(residual, improved)
         for step in range(STEPS):
-            product = self._normal_product(start, along)
+            product = self._normal_product(along)
             curvature = _dot(along, product)
             if not curvature > 0:
                 break
@@ -307,46 +314,13 @@ class SegmentProblem:
                 kernel.place.write(self.state, offset.double())
 
 
-def _with_kernel(
-    kernel: SegmentKernel,
-    state: State,
-    kept: KeptChannels,
-    values: Tensor,
-    offset: Tensor,
-    seen: _Seen | None,
-) -> Compute:
-    """Return how a layer is computed with another kernel and an offset."""
-    layer, node = kernel.layer, kernel.layer.node
-    shaped = kernel.shaped(values, state[layer.layer.weight])
-    shape = [1] * len(node.meta["val"].shape)
-    shape[layer.channel_dim] = -1
-    shift = offset.flatten().to(shaped.dtype).view(shape)
-
-    def compute(lookup: Callable[[Node], Any]) -> Tensor:
-        value: Tensor = apply(
-            node,
-            lambda source: shaped if source is node.args[1] else lookup(source),
-            kept.sizes.get(node, {}),
-        )
-        value = value + shift
-        if seen is not None:
-            seen[node] = lookup(layer.source), value
-        return value
-
-    return compute
-
-
-def _catch(values: dict[Node, Tensor], node: Node) -> NodeHook:
-    """Return a hook that keeps the value of a node."""
-
-    def catch(value: Tensor) -> None:
-        values[node] = value
-
-    return catch
+def _of_images(batch: CachedBatch, target: TargetLayer, value: Tensor) -> Tensor:
+    """Return the rows of the images to count, of the value at a target."""
+    return value[: len(batch.indices) * target.layer.rows_per_image]
 
 
 def _random_signs(numbers: Tensor, like: Tensor) -> Tensor:
-    """Return -1 or 1 for each value of each image, which depend on the image's number alone."""
+    """Return -1 or 1 for each value of each row, which depend on the row's number alone."""
     signs = [
         torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(number))
         .sub_(0.5)
@@ -354,24 +328,6 @@ def _random_signs(numbers: Tensor, like: Tensor) -> Tensor:
         for number in numbers.tolist()
     ]
     return torch.stack(signs).to(like.device)
-
-
-def _dual(value: Tensor, change: Tensor) -> Tensor:
-    """Return a value that carries its change along."""
-    with warnings.catch_warnings(action="ignore"):  # torch 2.14's code is deprecated in torch 2.14
-        dual: Tensor = forward_ad.make_dual(value, change)
-        return dual
-
-
-def _requiring_gradients(point: Direction) -> Direction:
-    return [(k.detach().requires_grad_(), o.detach().requires_grad_()) for k, o in point]
-
-
-def _gradients(outputs: Sequence[Tensor], point: Direction, errors: Sequence[Tensor]) -> Direction:
-    """Return the transposed Jacobian times errors of the outputs."""
-    flat = [part for pair in point for part in pair]
-    parts = torch.autograd.grad(outputs, flat, list(errors), retain_graph=True)
-    return [(parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]
 
 
 def _add(total: Direction, added: Direction, factor: float = 1.0) -> None:

@@ -34,13 +34,14 @@ from secateur.pruning.refit.activation_cache import ActivationCache
 from secateur.pruning.refit.gauss_newton import SegmentProblem
 from secateur.pruning.refit.regression_targets import State
 from secateur.pruning.refit.segments import Segment, find_segments
+from secateur.scoring.batching import images_at_a_time
 
 POSITIONS = 2**18
 """Positions that a group is estimated from, of as many images as have them…"""
 PIXELS = 2**20
 """…and as many pixels, since each step is two passes through that part of the network…"""
-FEWEST_IMAGES, MOST_IMAGES = 16, 512
-"""…but of so many images."""
+FEWEST_IMAGES, MOST_IMAGES = 16, 256
+"""…but of so many images, rounded to whole batches."""
 
 
 class JointRefitter:
@@ -70,7 +71,7 @@ class JointRefitter:
             if not any(kernel.layer.layer.name in ranks for kernel in segment.kernels)
         ]
         shape = kept.dependencies.graph.image.meta["val"].shape
-        self._pixels = max(1, math.prod(int(size) for size in shape[2:]))
+        self._sides = [int(side) for side in shape[2:]]
         self._begun: list[Segment] = []
         """Not yet at their end, in the order of execution."""
 
@@ -100,8 +101,7 @@ class JointRefitter:
         """
         result = None
         for segment in [begun for begun in self._begun if begun.weights[-1] == weight]:
-            fitting = min(-(-POSITIONS // segment.positions), PIXELS // self._pixels)
-            wanted = min(images, MOST_IMAGES, max(FEWEST_IMAGES, fitting))
+            wanted = min(images, self._images_for(segment))
             problem = SegmentProblem(segment, self._kept, self._state, self._cache, wanted)
             result = problem.solve()
             place = self._begun.index(segment)
@@ -117,3 +117,11 @@ class JointRefitter:
                 cut.catch_up(batch.full)
                 batch.cut = cut
         return result
+
+    def _images_for(self, segment: Segment) -> int:
+        """Return how many images a segment is estimated from: whole batches."""
+        pixels = max(1, math.prod(self._sides))
+        fitting = min(-(-POSITIONS // segment.positions), PIXELS // pixels)
+        wanted = min(MOST_IMAGES, max(FEWEST_IMAGES, fitting))
+        at_a_time = images_at_a_time(*self._sides)
+        return max(1, wanted // at_a_time) * at_a_time

@@ -65,6 +65,11 @@ class RefitLayer:
         return len(self.source.meta["val"].shape) - 1 if self.is_linear else 1
 
     @property
+    def rows_per_image(self) -> int:
+        """How many rows of its input an image has: several frames of a film."""
+        return int(self.source.meta["val"].shape[0]) // self.kept.dependencies.graph.images
+
+    @property
     def has_patches(self) -> bool:
         """Whether the inputs that its kernel covers at a position can be extracted."""
         return self.is_linear or self.window is not None

@@ -59,6 +59,7 @@ from secateur.pruning.refit.kernel_uses import uses_by_kernel, why_not_refitted
 from secateur.pruning.refit.layers import RefitLayer, refit_layer
 from secateur.pruning.refit.patch_regression import PatchRegression, RankLimit, count_rows
 from secateur.pruning.refit.regression_targets import OffsetPlace, RegressionTargets, State
+from secateur.pruning.refit.rows import row_numbers
 from secateur.pruning.refit.target_layers import (
     TargetLayer,
     affine,
@@ -305,13 +306,9 @@ class _LayerRefitter:
     def _rows_of(self, layers: Sequence[RefitLayer]) -> tuple[int, int]:
         """Return how many rows are fitted to, and how many are held out."""
         an_image = sum(
-            self._rows_per_image(layer) * min(self._positions, layer.positions) for layer in layers
+            layer.rows_per_image * min(self._positions, layer.positions) for layer in layers
         )
         return (self.images - self._held_out) * an_image, self._held_out * an_image
-
-    def _rows_per_image(self, layer: RefitLayer) -> int:
-        """Return how many rows of a layer's input an image has: several frames of a film."""
-        return int(layer.source.meta["val"].shape[0]) // self.kept.dependencies.graph.images
 
     def _layer_batches(
         self,
@@ -333,10 +330,8 @@ class _LayerRefitter:
             cut = batch.cut if number == 0 else batch.cut.copy()
             cut.advance(layer.node)
             inputs = cut.value(layer.source)
-            rows_per_image = self._rows_per_image(layer)
-            rows = (
-                batch.indices[:, None] * rows_per_image + torch.arange(rows_per_image)
-            ).flatten()
+            rows_per_image = layer.rows_per_image
+            rows = row_numbers(batch.indices, rows_per_image)
             chosen = batch.positions.get(layer.node)
             sampling = PositionSampling(rows, self._positions, start, chosen)
             originals = None

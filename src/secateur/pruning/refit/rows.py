@@ -15,6 +15,11 @@ def at_positions(
     return maps.gather(2, index).movedim(1, -1)
 
 
+def row_numbers(images: Int[Tensor, "image"], rows_per_image: int) -> Int[Tensor, "row"]:
+    """Return the numbers of images' rows: several frames of a film."""
+    return (images[:, None] * rows_per_image + torch.arange(rows_per_image)).flatten()
+
+
 def by_group(
     rows: Float[Tensor, "image position channel"], groups: int
 ) -> Float[Tensor, "group row value"]:

@@ -32,6 +32,8 @@ class SegmentKernel:
     """A kernel that is estimated, and where its offset goes."""
 
     layer: RefitLayer
+    norm: Node | None
+    """The batch norm that alone reads the layer, if there is one."""
     place: OffsetPlace | None
     rows: Bool[Tensor, "group output"]
     """Outputs that may change: what is read elsewhere may not."""
@@ -129,7 +131,8 @@ def _kernel(layer: Layer, kept: KeptChannels, group: Group | None) -> SegmentKer
         assert layer.produced is not None
         rows = np.isin(kept.dependencies.channel_of[layer.produced], group.channels)[stays]
     by_group = torch.from_numpy(rows).reshape(used.groups, -1)
-    return SegmentKernel(used, offset_place([target_layer(used)]), by_group)
+    target = target_layer(used)
+    return SegmentKernel(used, target.norm, offset_place([target]), by_group)
 
 
 def value_node(target: TargetLayer) -> Node:
