@@ -136,6 +136,9 @@ ARITHMETIC: dict[str, Function] = {
     "Tensor.multiply_": lambda x: x.multiply_(2),
     "Tensor.clip_": lambda x: x.clip_(0, 6),
     "Tensor.neg_": lambda x: x.neg_(),
+    "Tensor.squeeze_": lambda x: x.unsqueeze(1).squeeze_(1),
+    "Tensor.unsqueeze_": lambda x: x.unsqueeze_(-1).squeeze(-1),
+    "Tensor.transpose_": lambda x: x.exp().transpose_(2, 3),
     "Tensor.exp_": lambda x: x.exp_(),
     "torch.add(out=)": _out(lambda x, out: torch.add(x, x, out=out)),
     "torch.multiply(out=)": _out(lambda x, out: torch.multiply(x, x, out=out)),
@@ -389,7 +392,13 @@ RESIZING: dict[str, Function] = {
         x.flatten(2), size=9, mode="nearest-exact"
     ),
     "F.grid_sample": lambda x: F.grid_sample(
-        x, F.affine_grid(torch.eye(2, 3).to(x).expand(x.shape[0], -1, -1), [x.shape[0], 1, 4, 4])
+        x,
+        F.affine_grid(
+            torch.eye(2, 3).to(x).expand(x.shape[0], -1, -1),
+            [x.shape[0], 1, 4, 4],
+            align_corners=False,
+        ),
+        align_corners=False,
     ),
     "F.upsample_bilinear": lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
 }

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.node import Node
 
 from networks import NETWORKS, Chain, InPlace, Shared, TiedWeights, random_images, wired
 from secateur.graph.build import build_dependency_graph
@@ -144,6 +146,18 @@ def _in_place_variants(self: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, self.get_parameter("spatial.weight"))
 
 
+def _shape_in_place(self: nn.Module, x: Tensor) -> Tensor:
+    y = x.exp()
+    y.unsqueeze_(1).transpose_(2, 3)
+    y.add_(1)
+    y.swapaxes_(3, 2).squeeze_(1)
+    return F.conv2d(y * x, self.get_parameter("spatial.weight"))
+
+
+def _view_of_another_order(self: nn.Module, x: Tensor) -> Tensor:
+    return F.conv2d(torch.kron(x, x.new_ones(1, 2)), self.get_parameter("spatial.weight"))
+
+
 @torch.library.custom_op("secateur_test::halve", mutates_args={"x"})
 def halve(x: Tensor) -> None:
     """An operation of one's own that writes in place and returns nothing."""
@@ -171,6 +185,8 @@ def _own_operation_in_place(self: nn.Module, x: Tensor) -> Tensor:
         _diagonal_in_place,
         _into_out,
         _in_place_variants,
+        _shape_in_place,
+        _view_of_another_order,
         _own_operation_in_place,
     ],
 )
@@ -178,8 +194,21 @@ def test_a_value_written_in_place_is_followed(then: Callable[[nn.Module, Tensor]
     model = Forward(then).eval()
     images = random_images()
     graph = trace(model, images)
+    shapes: dict[Node, torch.Size] = {}
+
+    def note(node: Node) -> Callable[[Any], None]:
+        def keep(value: Any) -> None:
+            if isinstance(value, Tensor):
+                shapes[node] = value.shape
+
+        return keep
+
+    after = {node: note(node) for node in graph.nodes}
     with torch.no_grad():
-        assert relative_error(run(graph, tensors_of(model), images), model(images)) < 1e-6
+        output = run(graph, tensors_of(model), images, after=after)
+        assert relative_error(output, model(images)) < 1e-6
+    for node, shape in shapes.items():
+        assert node.meta["val"].shape[1:] == shape[1:], node
 
 
 def test_a_write_into_sliding_windows_is_refused() -> None:

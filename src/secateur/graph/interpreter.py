@@ -209,6 +209,9 @@ def _channels_last(graph: NetworkGraph, images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
 def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -> Any:
     """Return an operation's value; `sizes` are arguments that differ from the graph's.
 
@@ -216,7 +219,7 @@ def apply(node: Node, lookup: Callable[[Node], Any], sizes: Mapping[int, Any]) -
     """
     args, kwargs = with_sizes(node, sizes)
     assert callable(node.target)
-    if node.target is torch.ops.aten.view.default:
+    if node.target in _VIEWS:
         tensor, shape = map_arg(tuple(args), lookup)
         return tensor.reshape(shape)
     return node.target(*map_arg(tuple(args), lookup), **map_arg(kwargs, lookup))

@@ -42,7 +42,9 @@ def remove_writes(graph: Graph) -> None:
         changed = _changed_values(node)
         for value, new in zip(changed, _new_values(graph, node, changed), strict=True):
             written.add(new)
-            new = _with_memory_of(value, _with_type_of(graph, new, value))
+            new = _with_type_of(graph, new, value)
+            if torch.Tag.inplace_view not in target.tags:  # such as squeeze_(): another shape
+                new = _with_memory_of(value, new)
             written.add(new)
             others = _views_of(_base_of(value, written), written)
             others = [view for view in others if position.get(view, -1) < position[node]]
