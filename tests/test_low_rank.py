@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import secateur
 from networks import make_network, random_images
 from secateur.config import Budget, PlanSection
+from secateur.data import Batch
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.factorisation import (
     factorable_layers,
@@ -26,11 +27,13 @@ from secateur.graph.factorisation import (
     tensors_with_products,
     write_products,
 )
+from secateur.graph.module_state import tensors_of
 from secateur.pruning.allocation import SearchSpace, lowest_sensitivity
 from secateur.pruning.cost.factored import FactoredCost
 from secateur.pruning.equivalence import check_equivalence
 from secateur.pruning.low_rank import LowRank
 from secateur.pruning.plan import PruningPlan
+from secateur.pruning.rank_sensitivity import measure_rank_sensitivity
 from secateur.pruning.refit.rows import from_patch_order, in_patch_order
 from secateur.runtime.errors import RunFolderError, UsageError
 
@@ -147,6 +150,38 @@ def test_the_spatial_form_is_better_than_singular_values_alone() -> None:
     assert curve[0] == 0
     assert curve[5] == pytest.approx(errors[6], rel=1e-6)  # rank 7
     assert curve[12] == pytest.approx(float((rows @ kernel.mT).square().sum(1).mean()))
+
+
+def test_the_error_on_other_patches_is_that_of_the_same_kernels() -> None:
+    rows = patches(6, 1)
+    fitted, measured = rows[:8], rows[8:]
+    moments, others = (part.mT @ part / len(part) for part in (fitted, measured))
+    kernel = torch.randn(5, 6, generator=torch.Generator().manual_seed(2)).double()
+    low_rank = LowRank(kernel, moments, (5, 6, 1, 1), torch.ones(5))
+    curve = low_rank.curve(5, others)
+    for rank in range(1, 5):
+        missing = measured @ (low_rank.nearest(rank) - kernel).mT
+        error = float(missing.square().sum(1).mean())
+        assert low_rank.error(rank, others) == pytest.approx(error)
+        assert curve[5 - rank] >= error * (1 - 1e-9)
+    assert curve == sorted(curve)
+
+
+def test_few_images_do_not_hide_what_a_layer_before_a_pooling_needs() -> None:
+    """The average of its maps has no more directions than there are images."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(48, 40, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.append(nn.Linear(40, 30)).eval()
+    images = torch.randn(12, 48, 1, 1).expand(-1, -1, 4, 4)
+    dependencies = build_dependency_graph(network, images[:1])
+    layers = factorable_layers(network, dependencies)
+    numbers = torch.arange(len(images))
+    batches = [Batch(images, torch.zeros_like(numbers), numbers)]
+    curve = measure_rank_sensitivity(tensors_of(network), dependencies, layers, batches)["0"]
+    whole = layers["0"].whole_rank
+    assert whole == 21
+    assert curve[0] == 0
+    assert 0.1 * curve[whole] < curve[whole - 12] < curve[whole]
 
 
 def test_which_convolutions_can_be_split() -> None:

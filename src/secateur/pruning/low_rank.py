@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -65,19 +66,27 @@ class LowRank:
         ordered = kernel.reshape(outputs, width, height, inputs).transpose(1, 2)
         return ordered.reshape(outputs, -1)
 
-    def error(self, rank: int) -> float:
-        """Return the squared error of the best kernel of a rank, summed over outputs."""
-        missing = self._scale[:, None] * (self.nearest(rank) - self._kernel)
-        return max(0.0, float(((missing @ self._moments) * missing).sum()))
+    def error(self, rank: int, moments: Float[Tensor, "value value"] | None = None) -> float:
+        """Return the squared error of the best kernel of a rank, summed over outputs.
 
-    def curve(self, whole: int) -> list[float]:
+        `moments` are those of the patches that it is measured on, by default of those that the
+        kernel is the best for.
+        """
+        missing = self._scale[:, None] * (self.nearest(rank) - self._kernel)
+        moments = self._moments if moments is None else moments.double()
+        return max(0.0, float(((missing @ moments) * missing).sum()))
+
+    def curve(self, whole: int, moments: Float[Tensor, "value value"] | None = None) -> list[float]:
         """Return the error when the rank is less than `whole` by 0, 1, … up to `whole`.
 
-        With `whole` the layer is as it was, and the error is 0.
+        With `whole` the layer is as it was, and the error is 0. For `moments` see `error`.
         """
         steps = min(CURVE_RANKS, whole - 1)
         ranks = sorted({round(1 + (whole - 2) * step / max(1, steps - 1)) for step in range(steps)})
-        logarithms = [math.log(max(self.error(rank), 1e-300)) for rank in ranks]
+        errors = [self.error(rank, moments) for rank in ranks]
+        # On other patches a higher rank may do worse by chance.
+        falling = reversed(list(itertools.accumulate(reversed(errors), max)))
+        logarithms = [math.log(max(error, 1e-300)) for error in falling]
 
         def error(rank: int) -> float:
             place = min(max(1, bisect.bisect_left(ranks, rank)), len(ranks) - 1)
@@ -89,8 +98,10 @@ class LowRank:
             )
             return math.exp(low + (high - low) * (rank - left) / (right - left))
 
-        nothing = float(((self._kernel @ self._moments) * self._kernel).sum(1) @ self._scale**2)
-        return [0.0, *(error(whole - removed) for removed in range(1, whole)), nothing]
+        whole_moments = self._moments if moments is None else moments.double()
+        nothing = float(((self._kernel @ whole_moments) * self._kernel).sum(1) @ self._scale**2)
+        curve = [0.0, *(error(whole - removed) for removed in range(1, whole))]
+        return [*curve, max(nothing, curve[-1])]
 
     @functools.cached_property
     def _components(self) -> Float[Tensor, "output output"]:

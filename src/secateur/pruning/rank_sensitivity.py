@@ -2,7 +2,9 @@
 
 As for channels (`sensitivity`), it is the product of two factors: an error curve, which follows
 from the second moments of the layer's inputs (`low_rank`), and a gain, which is measured on
-calibration images, with the layer's kernel replaced by some of lower rank.
+calibration images, with the layer's kernel replaced by some of lower rank. The kernels of lower
+rank come from one part of the images, and both factors are measured on the other one. On the same
+images a layer in front of a global pooling seems to need no more directions than there are images.
 """
 
 from __future__ import annotations
@@ -80,17 +82,18 @@ def measure_rank_sensitivity(
     has_objects = task is not None and any(part.times is not None for part in task.parts)
     fewest = FEWEST_WITH_OBJECTS if has_objects else FEWEST_IMAGES
     passes = passes_behind(dependencies, parts.values())
-    sample = first_images(
-        batches, partial(image_count, passes=passes, fewest=fewest, most=most_images)
-    )
+    count = partial(image_count, passes=passes, fewest=fewest, most=most_images)
+    images = first_images(batches, lambda shape: 2 * count(shape))
+    sample, others = images.tensor_split([-(-len(images) // 2)])
     curves: dict[str, list[float]] = {}
     measurements = {}
     for chunk in _chunks(layers, memory_bytes):
-        moments = _moments(state, dependencies, chunk, sample)
+        fitted = _moments(state, dependencies, chunk, others if len(others) else sample)
+        measured = _moments(state, dependencies, chunk, sample)
         for name, layer in chunk.items():
-            mean, products = moments.pop(name)
-            low_rank = _low_rank(state, dependencies, layer, products)
-            curves[name] = low_rank.curve(layer.whole_rank)
+            low_rank = _low_rank(state, dependencies, layer, fitted.pop(name)[1])
+            mean, products = measured.pop(name)
+            curves[name] = low_rank.curve(layer.whole_rank, products)
             measurements[name] = _RankMeasurement(
                 layer, parts[name], low_rank, mean, curves[name], state, task
             )
@@ -107,7 +110,7 @@ def _chunks(
     chunk: dict[str, FactorableLayer] = {}
     used = 0
     for name, layer in layers.items():
-        size = 8 * math.prod(layer.layer.shape[1:]) ** 2
+        size = 2 * 8 * math.prod(layer.layer.shape[1:]) ** 2
         if chunk and used + size > memory_bytes / 2:
             yield chunk
             chunk, used = {}, 0
