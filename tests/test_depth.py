@@ -35,6 +35,7 @@ from secateur.models.divergence import relative_error
 from secateur.pruning.actions import BRANCH_OF, Actions, BranchChoice, RankChoice
 from secateur.pruning.allocation import SearchSpace, lowest_sensitivity
 from secateur.pruning.cost.dropped import dropped_savings
+from secateur.pruning.cost.latency_model import Hardware, LatencyTable, LayerTimes
 from secateur.pruning.depth_sensitivity import droppable_branches, measure_depth_sensitivity
 from secateur.pruning.equivalence import check_equivalence
 from secateur.pruning.plan import Allocation, PruningPlan, make_plan
@@ -419,9 +420,14 @@ def test_a_branch_that_the_network_lacks_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "actions", [["depth"], ["channels", "depth"], ["rank", "depth"], "channels,rank,depth"]
+    ("actions", "target"),
+    [
+        (["depth"], 0.6),
+        (["depth"], "params=0.6"),
+        (["channels", "depth"], "params=0.6"),
+        ("channels,rank,depth", 0.6),
+    ],
 )
-@pytest.mark.parametrize("target", [0.6, "params=0.6"])
 def test_pruning_by_depth_meets_the_budget_and_is_loaded_again(
     actions: Any, target: float | str, tmp_path: Path
 ) -> None:
@@ -491,13 +497,54 @@ def test_each_part_of_the_network_gets_what_costs_least() -> None:
     assert 0.64 < macs_of(smaller) / macs_of(network) <= 0.7
 
 
-def test_a_target_of_latency_may_drop_branches() -> None:
-    network, images = resnet(), random_images(40, 16)
-    for name in ("layer1.1", "layer2.1", "layer3.1"):
-        network.get_parameter(f"{name}.bn2.weight").data.mul_(0.01)
-    result = secateur.prune(network, images, target="latency=0.8", settings=DEPTH)
-    assert result.plan.dropped
-    assert result.plan.budget == Budget("latency", 0.8)
+def table_of(dependencies: DependencyGraph) -> LatencyTable:
+    """A table in which a layer takes a millisecond for each million of MACs, whatever its width."""
+    whole = dependencies.count_after({})
+    return LatencyTable(
+        hardware=Hardware(processor="none", threads=1, device="cpu", dtype="float32", torch="2"),
+        batch=1,
+        block=1,
+        layers=tuple(
+            LayerTimes(
+                layer=layer.name,
+                read=(layer.shape[1],),
+                produced=(layer.shape[0],),
+                ms=((1e-6 * layer.macs(whole),),),
+            )
+            for layer in dependencies.layers
+        ),
+        layers_factor=2.0,
+        fixed_ms=0.5,
+        ms_per_value=0.0,
+    )
+
+
+def test_a_target_of_latency_drops_branches() -> None:
+    network = resnet()
+    dependencies, branches = branches_of(network)
+    table = table_of(dependencies)
+    (saved,) = dropped_savings(dependencies, [branches["layer1.1"]], "latency", table)({})
+    assert saved == pytest.approx(2.0 * 1e-6 * 2 * 9 * 16 * 16 * 64)
+    per_value = table.model_copy(update={"layers_factor": 0.0, "ms_per_value": 1.0})
+    (saved,) = dropped_savings(dependencies, [branches["layer1.1"]], "latency", per_value)({})
+    assert saved == 2 * 16 * 64  # a norm and a ReLU; the constant is written in place of the other
+    errors = {"layer1.0": 9.0, "layer1.1": 1e-3, "layer2.1": 9.0, "layer3.1": 2e-3}
+    sizes = {name: len(group) for name, group in dependencies.groups.items()}
+    plan = make_plan(
+        {name: torch.ones(size) for name, size in sizes.items()},
+        dependencies,
+        Budget("latency", 0.85),
+        "mine",
+        allocation=Allocation(
+            "sensitivity",
+            {name: [0.0] * (size + 1) for name, size in sizes.items()},
+            Actions(branches=BranchChoice(branches, errors)),
+        ),
+        latency=table,
+    )
+    # Channels save no time here.
+    assert plan.dropped == ("layer1.1", "layer3.1")
+    assert plan.budget == Budget("latency", 0.85)
 
 
 def test_channels_of_a_whole_stage_and_a_branch_of_it_go_together() -> None:
