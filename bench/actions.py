@@ -1,12 +1,15 @@
-"""Compare actions at equal measured latency, without training: channels alone, and with rank.
+"""Compare actions at equal measured latency, without training: channels alone, with rank or depth.
 
-    python bench/actions.py --data DIR --weights DIR [--networks PATTERN] [--seeds 3]
+    python bench/actions.py cifar10 --data DIR --weights DIR [--networks PATTERN] [--seeds 3]
+    python bench/actions.py imagenet --data DIR --weights DIR
 
-For each of secateur's sets of actions this looks for the budget of MACs whose network takes 0.7 of
-the original's time: both compiled by `torch.compile`, 16 images at a time, timed interleaved on
-one thread. The network is refitted on 2,000 images of CIFAR-10 without labels and scored on the
-test images, which choose nothing. Each measurement adds a line to `results/actions.jsonl`, and the
-table is in docs/research/low_rank.md. It needs a C++ compiler.
+For each of secateur's sets of actions this looks for the budget whose network takes 0.7 of the
+original's time: both compiled by `torch.compile`, 16 images at a time, timed interleaved on one
+thread. The budget is one of MACs or of latency, which is planned by the times of layers that are
+not compiled. CIFAR-10's networks are refitted on 2,000 images, MobileNetV2 on 900 ordinary images
+of ImageNet, without labels. They are scored on the test images, which choose nothing. Each
+measurement adds a line to `results/actions.jsonl`, and the table is in docs/research/depth.md. It
+needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -24,17 +27,30 @@ from torch import Tensor, nn
 from interleaved import Forward, time_interleaved
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
-from secateur.pipeline.inputs import make_reader
+from secateur.config import RunConfig
+from secateur.data import DataSet
+from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.scoring_context import make_scoring_context
 from studies import channels_last, fraction_equal, labels, load_inputs, predictions
 from tables import with_table
 from training_free import Ours
 
 RESULTS = ROOT / "results" / "actions.jsonl"
-PAGE = ROOT / "docs" / "research" / "low_rank.md"
-KEY = ("network", "actions", "seed")
-NETWORKS = ("resnet20", "resnet56")
-ACTIONS = ("channels", "channels,rank", "rank")
+PAGE = ROOT / "docs" / "research" / "depth.md"
+KEY = ("network", "actions", "planned_by", "seed")
+NETWORKS = {"cifar10": ("resnet20", "resnet56"), "imagenet": ("mobilenetv2",)}
+ACTIONS = (
+    ("channels", "macs"),
+    ("channels", "latency"),
+    ("channels,rank", "macs"),
+    ("rank", "macs"),
+    ("depth", "latency"),
+    ("channels,depth", "macs"),
+    ("channels,depth", "latency"),
+)
+"""Sets of actions, and the quantity that they are planned by."""
+CALIBRATION = "900 images"
+"""Of ImageNet, as in `imagenet.CALIBRATIONS`."""
 TIME_LEFT = 0.7
 NEAR = 0.02
 """Measured fractions that differ by less count as equal."""
@@ -47,7 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="the folder of CIFAR-10")
+    parser.add_argument("study", choices=sorted(NETWORKS), nargs="?", default="cifar10")
+    parser.add_argument("--data", help="the folder of CIFAR-10, or that of the ImageNet samples")
     parser.add_argument("--weights", type=Path, help="the folder of the weights")
     parser.add_argument("--networks", default="*", help="pattern of networks")
     parser.add_argument("--seeds", type=int, default=3)
@@ -55,31 +72,37 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.data is not None:
         known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
-        for network, seed in itertools.product(NETWORKS, range(arguments.seeds)):
+        networks = NETWORKS[arguments.study]
+        for network, seed in itertools.product(networks, range(arguments.seeds)):
             if fnmatch.fnmatch(network, arguments.networks):
-                missing = [a for a in ACTIONS if (network, a, seed) not in known]
+                missing = [way for way in ACTIONS if (network, *way, seed) not in known]
                 measure(network, seed, missing, arguments)
     rows = read_measurements(RESULTS, KEY)
     PAGE.write_text(with_table(PAGE.read_text(), "results/actions.jsonl", table(rows)))
 
 
-def measure(network: str, seed: int, all_actions: list[str], arguments: argparse.Namespace) -> None:
+def measure(
+    network: str, seed: int, ways: list[tuple[str, str]], arguments: argparse.Namespace
+) -> None:
     """Append a row for each set of actions."""
-    config, dataset, model = load_inputs("cifar10", network, arguments)
+    config, dataset, model = load_network(network, arguments)
     batches = channels_last(make_reader(config).read_shard(dataset.test))
     before = fraction_equal(predictions(model, batches), labels(batches))
     images = batches[0].images[:BATCH]
-    for actions in all_actions:
-        plan = config.plan.model_copy(update={"actions": tuple(actions.split(","))})
+    for actions, planned_by in ways:
+        target = f"{planned_by}={TIME_LEFT}"
+        plan = config.plan.model_copy(
+            update={"actions": tuple(actions.split(",")), "target": target}
+        )
         run_config = config.model_copy(update={"plan": plan, "seed": seed})
         context = make_scoring_context(
             model, dataset, run_config, criterion_names=(run_config.score.criterion,)
         )
         pruner = Ours(model, context, run_config)
-        macs_left, points = TIME_LEFT, [(1.0, 1.0)]
+        budget, points = TIME_LEFT, [(1.0, 1.0)]
         best: Measurement = {}
         for _ in range(ATTEMPTS):
-            pruned = pruner.prune(f"macs={macs_left:.4f}")
+            pruned = pruner.prune(f"{planned_by}={budget:.4f}")
             smaller = pruned.stages["refit"]
             ratios = time_ratios(model, smaller, images)
             time_left = statistics.median(ratios)
@@ -94,21 +117,34 @@ def measure(network: str, seed: int, all_actions: list[str], arguments: argparse
                 best = row
             if abs(time_left - TIME_LEFT) < NEAR:
                 break
-            points.append((macs_left, time_left))
-            macs_left = min(0.95, max(0.1, next_budget(points)))
+            points.append((budget, time_left))
+            budget = min(0.95, max(0.1, next_budget(points)))
         append_measurement(
             RESULTS,
             {
                 "network": network,
                 "actions": actions,
+                "planned_by": planned_by,
                 "seed": seed,
                 "before_fraction": before,
                 **best,
-                "command": "python bench/actions.py --data DIR --weights DIR",
+                "command": f"python bench/actions.py {arguments.study} --data DIR --weights DIR",
                 "revision": revision(),
                 "environment": surroundings(),
             },
         )
+
+
+def load_network(
+    network: str, arguments: argparse.Namespace
+) -> tuple[RunConfig, DataSet, nn.Module]:
+    """Return the configuration of a network's run, the images, and the trained network."""
+    if arguments.study == "cifar10":
+        return load_inputs("cifar10", network, arguments)
+    from imagenet import CALIBRATIONS, load_study
+
+    config, dataset, model = load_study(network, arguments, CALIBRATIONS[CALIBRATION])
+    return resolve_config(config, dataset, model), dataset, model
 
 
 def next_budget(points: list[tuple[float, float]]) -> float:
@@ -138,18 +174,23 @@ def compiled(model: nn.Module, images: Tensor) -> Forward:
 def table(rows: list[Measurement]) -> str:
     """Return MACs, time and accuracy by network and actions, means over the seeds."""
     lines = [
-        "| network, before | actions | MACs left | time left | top-1 |",
-        "|---|---|---|---|---|",
+        "| network, before | actions | planned by | MACs left | time left | top-1 |",
+        "|---|---|---|---|---|---|",
     ]
-    for network, actions in itertools.product(NETWORKS, ACTIONS):
-        mine = [row for row in rows if (row["network"], row["actions"]) == (network, actions)]
+    networks = itertools.chain.from_iterable(NETWORKS.values())
+    for network, way in itertools.product(networks, ACTIONS):
+        mine = [
+            row
+            for row in rows
+            if (row["network"], row["actions"], row["planned_by"]) == (network, *way)
+        ]
         if not mine:
             continue
         accuracies = [100 * row["test_fraction"] for row in mine]
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(mine) > 1 else ""
         times = [row["time_left"] for row in mine]
         lines.append(
-            f"| {network}, {100 * mine[0]['before_fraction']:.2f} | {actions} | "
+            f"| {network}, {100 * mine[0]['before_fraction']:.2f} | {' | '.join(way)} | "
             f"{statistics.mean(row['macs_left'] for row in mine):.2f} | "
             f"{min(times):.2f} to {max(times):.2f} | {statistics.mean(accuracies):.2f}{spread} |"
         )

@@ -51,7 +51,7 @@ from secateur.models import zoo
 from secateur.pipeline import inputs
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
-from secateur.pruning.apply import apply_plan
+from secateur.pruning.apply import apply_plan, dropped_branches
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
@@ -240,7 +240,9 @@ class Ours:
         stages = {"cut": copy.deepcopy(smaller), "refit": smaller}
         with _timed(seconds, "refit"):
             refit_and_check(
-                RefitInputs(self._model, smaller, dependencies, plan.removed, plan.ranks),
+                RefitInputs(
+                    self._model, smaller, dependencies, plan.removed, plan.ranks, plan.dropped
+                ),
                 self.context.refit_images,
                 self._config.refit,
                 seed=self._config.seed,
@@ -263,7 +265,11 @@ class Ours:
             partial(reader.read_shard, held_out),
             self._config.distill,
             seed=self._config.seed,
-            sums=residual_sums(context.dependencies, plan.removed),
+            sums=residual_sums(
+                context.dependencies,
+                plan.removed,
+                dropped_branches(self._model, context.dependencies, plan),
+            ),
         )
 
 

@@ -331,10 +331,10 @@ def test_a_network_in_bfloat16_comes_back_as_such() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"actions": []}, "name channels, rank or both"),
+        ({"actions": []}, "name channels, rank, depth or several"),
         ({"actions": ["rank", "rank"]}, "each once"),
-        ({"actions": ["depth"]}, "'channels' or 'rank'"),
-        ({"actions": ["rank"], "target": "latency=0.5"}, "plans by macs or params"),
+        ({"actions": ["width"]}, "'channels', 'rank' or 'depth'"),
+        ({"actions": ["rank"], "target": "latency=0.5"}, "rank does not plan by latency"),
         ({"actions": ["rank"], "allocation": "uniform"}, "needs allocation = 'sensitivity'"),
         ({"actions": ["rank"], "rounds": 2}, "needs rounds = 1"),
     ],

@@ -53,7 +53,7 @@ Fit = Literal["crop", "letterbox", "stretch"]
 PadPlace = Literal["centre", "top-left"]
 ChannelOrder = Literal["rgb", "bgr"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
-Action = Literal["channels", "rank"]
+Action = Literal["channels", "rank", "depth"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
 TaskKind = Literal[
@@ -238,8 +238,8 @@ class PlanSection(Section):
     """Budget of the pruned network, as a fraction of the original: macs=F, params=F, filters=F,
     memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
     actions: Annotated[tuple[Action, ...], BeforeValidator(_split_names)] = ("channels",)
-    """What makes the network smaller: `channels` removes filters, `rank` replaces convolutions by
-    two thinner ones each. With both, each layer gets what costs least."""
+    """What makes the network smaller, each part by what costs least: `channels` removes filters,
+    `rank` replaces convolutions by two thinner ones each, `depth` drops residual branches."""
     allocation: AllocationRule = "sensitivity"
     """How the budget is spread over the layers: `sensitivity` keeps the loss at the network's
     output small, as measured on calibration images; `uniform` keeps the same fraction everywhere;
@@ -275,18 +275,19 @@ class PlanSection(Section):
     @model_validator(mode="after")
     def _check_actions(self) -> PlanSection:
         if not self.actions or len(set(self.actions)) < len(self.actions):
-            raise ValueError("actions: name channels, rank or both, each once")
-        if "rank" not in self.actions:
-            return self
-        if self.allocation != "sensitivity":
-            raise ValueError("the action rank needs allocation = 'sensitivity'")
-        if self.budget.quantity not in ("macs", "params"):
-            raise ValueError(
-                "the action rank plans by macs or params: set the target macs=F or params=F, or "
-                "leave rank out of the actions"
-            )
-        if self.rounds > 1:
-            raise ValueError("the action rank needs rounds = 1")
+            raise ValueError("actions: name channels, rank, depth or several, each once")
+        quantities = {"rank": ("macs", "params"), "depth": ("macs", "params", "latency")}
+        for action in sorted(quantities.keys() & set(self.actions)):
+            if self.allocation != "sensitivity":
+                raise ValueError(f"the action {action} needs allocation = 'sensitivity'")
+            if self.budget.quantity not in quantities[action]:
+                targets = " or ".join(f"{quantity}=F" for quantity in quantities[action])
+                raise ValueError(
+                    f"the action {action} does not plan by {self.budget.quantity}: set {targets}, "
+                    f"or leave {action} out of the actions"
+                )
+            if self.rounds > 1:
+                raise ValueError(f"the action {action} needs rounds = 1")
         return self
 
     @model_validator(mode="after")

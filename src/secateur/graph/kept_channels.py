@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,13 +12,21 @@ from torch.fx.node import Node
 from secateur.graph.channel_ids import Ids
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.network_graph import Sizes
+from secateur.graph.residual_branches import ResidualBranch
 
 
 class KeptChannels:
     """The channels of the original network's tensors that the cut network still has."""
 
-    def __init__(self, dependencies: DependencyGraph, removed: Removed) -> None:
+    def __init__(
+        self,
+        dependencies: DependencyGraph,
+        removed: Removed,
+        dropped: Sequence[ResidualBranch] = (),
+    ) -> None:
         self.dependencies: DependencyGraph = dependencies
+        self.dropped: Sequence[ResidualBranch] = dropped
+        """Residual branches that the cut network has constants in place of."""
         self.sizes: Sizes = dependencies.sizes_after(removed)
         self._stays = dependencies.kept_ids(dependencies.kept_channels(removed))
 

@@ -64,7 +64,10 @@ def like_original(smaller: nn.Module, original: nn.Module) -> nn.Module:
     tensors = {**dict(original.named_parameters()), **dict(original.named_buffers())}
     for name, tensor in [*result.named_parameters(), *result.named_buffers()]:
         before = tensors.get(name)
-        if before is None:  # a convolution that is two now: its own kernel
-            before = tensors[f"{owner_of(owner_of(name))}.weight"]
+        owner = name
+        while before is None:  # a convolution that is two now, or a constant: what it replaces
+            owner = owner_of(owner)
+            inside = (t for n, t in tensors.items() if n.startswith(f"{owner}.") or not owner)
+            before = next((t for t in inside if t.is_floating_point()), None)
         tensor.data = tensor.data.to(before.device, before.dtype)
     return result

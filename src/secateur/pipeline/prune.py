@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +10,16 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import form_of, shapes_of_factors
 from secateur.graph.module_state import device_of
+from secateur.graph.residual_branches import ResidualBranch
 from secateur.pipeline import stages
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.inputs import describe_inputs, resolve_config
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import (
+    DroppedResult,
     FrozenResult,
     GroupResult,
     RunResult,
@@ -27,6 +30,8 @@ from secateur.pipeline.rounds import Round, begin_round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import Baseline
 from secateur.pipeline.stages import CutStage, DistillStage, RefitStage
+from secateur.pruning.apply import dropped_branches
+from secateur.pruning.cost.dropped import dropped_savings
 from secateur.pruning.outcome import RefitOutcome
 from secateur.runtime.environment import environment
 
@@ -164,6 +169,7 @@ def _collect(
             )
             for name, rank in plan.ranks.items()
         ),
+        dropped=_dropped(dependencies, dropped_branches(this.network, dependencies, plan)),
         frozen=tuple(
             FrozenResult(name=group.name, filters=group.size, reason=group.reason)
             for group in dependencies.frozen
@@ -180,6 +186,23 @@ def _collect(
     )
     return Pruned(
         cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions
+    )
+
+
+def _dropped(
+    dependencies: DependencyGraph, branches: Sequence[ResidualBranch]
+) -> tuple[DroppedResult, ...]:
+    macs, params = (
+        dropped_savings(dependencies, branches, quantity)({}) for quantity in ("macs", "params")
+    )
+    return tuple(
+        DroppedResult(
+            name=branch.name,
+            module=branch.module,
+            macs=int(macs[number]),
+            params=int(params[number]),
+        )
+        for number, branch in enumerate(branches)
     )
 
 

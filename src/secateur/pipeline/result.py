@@ -89,6 +89,18 @@ class SplitResult(Record):
     """Shapes of the two kernels: output, input, height, width."""
 
 
+class DroppedResult(Record):
+    """A residual branch that a constant takes the place of."""
+
+    name: str
+    module: str
+    """The module that gave its output, and that is the constant now."""
+    macs: int
+    """Multiply-accumulates per image that it took."""
+    params: int
+    """Parameters that it had beyond those of the constant."""
+
+
 KeptWeights = Literal["last", "best", "start"]
 
 
@@ -137,6 +149,8 @@ class RunResult(Record):
     groups: tuple[GroupResult, ...]
     splits: tuple[SplitResult, ...] = ()
     """The convolutions that became two, with the action `rank`."""
+    dropped: tuple[DroppedResult, ...] = ()
+    """The residual branches that were dropped, with the action `depth`."""
     frozen: tuple[FrozenResult, ...]
     size_trials: tuple[SizeTrial, ...] = ()
     """The sizes that were tried, if `plan.max_drop` asked for the smallest network."""
@@ -160,12 +174,15 @@ class RunResult(Record):
 
     @property
     def removed_text(self) -> str:
-        """How many filters went, and how many convolutions were split."""
+        """How many filters went, how many convolutions were split, and how many blocks dropped."""
         removed = sum(len(group.removed) for group in self.groups)
-        text = (
-            f"{removed} of {sum(group.filters for group in self.groups)} prunable filters removed"
-        )
-        return f"{text}, {len(self.splits)} convolutions split in two" if self.splits else text
+        filters = sum(group.filters for group in self.groups)
+        texts = [f"{removed} of {filters} prunable filters removed"]
+        if self.splits:
+            texts.append(f"{len(self.splits)} convolutions split in two")
+        if self.dropped:
+            texts.append(f"{len(self.dropped)} residual branches dropped")
+        return ", ".join(texts)
 
     @property
     def concept_sources(self) -> str:

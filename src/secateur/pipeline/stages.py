@@ -28,7 +28,7 @@ from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.task import metric_of, validation_metric_of
-from secateur.pruning.apply import apply_plan
+from secateur.pruning.apply import apply_plan, dropped_branches
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.equivalence import check_equivalence
 from secateur.pruning.outcome import RefitOutcome, SizeTrial
@@ -120,6 +120,7 @@ def refit(this: Round, cut_stage: CutStage) -> RefitStage:
             this.context.dependencies,
             cut_stage.plan.removed,
             cut_stage.plan.ranks,
+            cut_stage.plan.dropped,
         ),
         this.context.refit_images,
         this.config.refit,
@@ -149,7 +150,9 @@ def distill(this: Round, cut_stage: CutStage) -> DistillStage:
     smaller, reader = cut_stage.network, this.context.reader
     fit, held_out = this.context.parts
     is_cut_once = this.network is this.original  # later cuts count channels anew
-    sums = residual_sums(this.context.dependencies, cut_stage.plan.removed) if is_cut_once else ()
+    dependencies, plan = this.context.dependencies, cut_stage.plan
+    branches = dropped_branches(this.network, dependencies, plan)
+    sums = residual_sums(dependencies, plan.removed, branches) if is_cut_once else ()
     outcome = distillation.distill(
         this.original,
         smaller,
@@ -208,13 +211,16 @@ def finetune(
         ).metric
 
     has_features = config.finetune.feature_weight > 0
+    branches = dropped_branches(original, pruned.dependencies, pruned.plan)
     training = train(
         smaller,
         original,
         TrainingData(dataset.train, reader.preprocessing, reader.unreadable, task, own_loss),
         config.finetune,
         seed=config.seed,
-        sums=residual_sums(pruned.dependencies, pruned.plan.removed) if has_features else (),
+        sums=residual_sums(pruned.dependencies, pruned.plan.removed, branches)
+        if has_features
+        else (),
         callbacks=TrainingCallbacks(
             run_context.progress,
             validate,
@@ -321,7 +327,12 @@ def _search_size(this: Round, budget: Budget, max_drop: float) -> tuple[SizeTria
         if this.config.refit.is_any:
             refit_and_check(
                 RefitInputs(
-                    this.network, smaller, this.context.dependencies, plan.removed, plan.ranks
+                    this.network,
+                    smaller,
+                    this.context.dependencies,
+                    plan.removed,
+                    plan.ranks,
+                    plan.dropped,
                 ),
                 this.context.refit_images,
                 this.config.refit,

@@ -12,7 +12,7 @@ import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from secateur.runtime.errors import TargetError
@@ -39,6 +39,10 @@ class SearchSpace:
     jumping: frozenset[str] = frozenset()
     """Groups whose first step may reduce little for what it costs, so that further ones count: a
     convolution that becomes two costs as much as before, at first."""
+    inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By group: others whose channels, and what their loss cost, are gone when it is at 0."""
+    interaction: Callable[[Counts], float] = lambda _: 0.0
+    """What such groups at 0 cost together beyond the sum of their sensitivities."""
 
     @property
     def whole(self) -> Counts:
@@ -111,6 +115,14 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     counts = space.whole
     now = pressure(counts)
 
+    def interaction(name: str, count: int) -> float:
+        """Return what the loss changes by, beyond the group's own, when it comes to a count."""
+        if name not in space.inside or count == counts[name]:
+            return 0.0
+        lost_inside = math.fsum(hulls[inner](counts[inner]) for inner in space.inside[name])
+        together = space.interaction({**counts, name: count}) - space.interaction(counts)
+        return together + (lost_inside if count else -lost_inside)
+
     def next_step(name: str) -> _Step | None:
         place = bisect.bisect_left(space.steps[name], counts[name])
         if not place:
@@ -131,7 +143,7 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
             place = bisect.bisect_left(below, True, key=lambda count: now - after(count) <= least)
             count = below[max(0, place - 1)]
             left = after(count)
-        loss = hulls[name](count) - hulls[name](counts[name])
+        loss = hulls[name](count) - hulls[name](counts[name]) + interaction(name, count)
         gain = now - left
         return _Step(loss / gain if gain > least else math.inf, loss, name, count, left)
 
@@ -162,7 +174,12 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     for name, count in counts.items():
         upper = min(bisect.bisect_right(space.steps[name], count), len(space.steps[name]) - 1)
         gains[name] = hulls[name](count) - hulls[name](space.steps[name][upper])
-    return _filled_up(space, counts, sorted(counts, key=lambda name: -gains[name]))
+        gains[name] -= interaction(name, space.steps[name][upper])
+    names = sorted(counts, key=lambda name: -gains[name])
+    filled = _filled_up(space, counts, names)
+    while space.inside and filled != counts:  # the last step may have been a large one
+        counts, filled = filled, _filled_up(space, filled, names)
+    return filled
 
 
 def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> Counts:

@@ -7,6 +7,11 @@ from torch import nn
 from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import matrix_of, replace_by_factors
+from secateur.graph.residual_branches import (
+    ResidualBranch,
+    drop_branches,
+    residual_branches,
+)
 from secateur.graph.wrappers import unwrapped
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import RunFolderError
@@ -15,18 +20,38 @@ from secateur.runtime.errors import RunFolderError
 def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan) -> nn.Module:
     """Return a copy of `model` without the plan's filters and everything that depends on them.
 
-    Convolutions with a rank in the plan are two each (`graph.factorisation`), without the hooks
-    that they had.
+    Convolutions with a rank in the plan are two each (`graph.factorisation`), and residual branches
+    that it drops are constants (`graph.residual_branches`), without the hooks that they had.
     The copy has the mode, hooks, dtype, memory format and `requires_grad` of `model`, which is not
     changed. Of a network that is compiled or wrapped in `DataParallel` the network itself is copied
     and returned. Raises `RunFolderError` if the plan was
-    made for another network, or names a group, filter or convolution that the network lacks.
+    made for another network, or names a group, filter, convolution or branch that the network
+    lacks.
     """
     check_plan(dependencies, plan)
-    smaller = cut(unwrapped(model), dependencies, plan.removed)
+    model = unwrapped(model)
+    branches = dropped_branches(model, dependencies, plan)
+    smaller = cut(model, dependencies, plan.removed)
     _check_ranks(smaller, plan)
     replace_by_factors(smaller, plan.ranks)
+    drop_branches(smaller, dependencies, plan.removed, branches)
     return smaller
+
+
+def dropped_branches(
+    model: nn.Module, dependencies: DependencyGraph, plan: PruningPlan
+) -> list[ResidualBranch]:
+    """Return the residual branches that a plan drops, in the order of execution.
+
+    Raises `RunFolderError` if it drops one that the network lacks.
+    """
+    branches = residual_branches(model, dependencies) if plan.dropped else {}
+    for name in plan.dropped:
+        if name not in branches:
+            raise RunFolderError(
+                f"the plan drops {name!r}, which is not a residual branch that can be dropped"
+            )
+    return [branch for name, branch in branches.items() if name in plan.dropped]
 
 
 def check_plan(dependencies: DependencyGraph, plan: PruningPlan) -> None:

@@ -1,7 +1,8 @@
 """Check that the cut network equals the masked original, and that no tensor is NaN or Inf.
 
 The masked original is the original network with the removed channels zeroed where they are read.
-Kernels that the cut network replaces by two have the product of these.
+Kernels that the cut network replaces by two have the product of these, and residual branches that
+it lacks have its constants as their output.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Axes
-from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.factorisation import replace_by_factors, tensors_with_products
+from secateur.graph.factorisation import tensors_with_products
 from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.module_state import copy_of, tensors_of
 from secateur.graph.network_graph import Compute
 from secateur.models.divergence import relative_error
+from secateur.pruning.apply import apply_plan, dropped_branches
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.device import full_float32, sums_device
 from secateur.runtime.errors import CutError
@@ -56,18 +57,23 @@ def check_equivalence(
     double, images = copy_of(model, share_tensors=False).to(device).double(), images.to(device)
 
     def error_in_float64(plan: PruningPlan) -> float:
-        smaller = cut(double, dependencies, plan.removed)
-        replace_by_factors(smaller, plan.ranks)
+        smaller = apply_plan(double, dependencies, plan)
         return _error(double, dependencies, plan, smaller, images.double())
 
     if error_in_float64(plan) <= TOLERANCE:
         return error
+    nothing = replace(plan, removed={}, ranks={}, dropped=())
     parts = [
-        (f"removing the filters of {name}", name, replace(plan, removed={name: filters}, ranks={}))
+        (f"removing the filters of {name}", name, replace(nothing, removed={name: filters}))
         for name, filters in plan.removed.items()
-    ] + [
-        (f"splitting {name} in two", name, replace(plan, removed={}, ranks={name: rank}))
+    ]
+    parts += [
+        (f"splitting {name} in two", name, replace(nothing, ranks={name: rank}))
         for name, rank in plan.ranks.items()
+    ]
+    parts += [
+        (f"dropping the branch of {name}", f"{name}.*", replace(nothing, dropped=(name,)))
+        for name in plan.dropped
     ]
     for what, name, part in parts:
         if not error_in_float64(part) <= TOLERANCE:
@@ -91,7 +97,11 @@ def _error(
     with torch.inference_mode():
         products = tensors_with_products(smaller, plan.ranks)
         kernels = {name: products[f"{name}.weight"] for name in plan.ranks}
-        expected = masked_network(model, dependencies, plan, kernels)(images)
+        constants = {
+            branch.constant: smaller.get_parameter(branch.constant)
+            for branch in dropped_branches(model, dependencies, plan)
+        }
+        expected = masked_network(model, dependencies, plan, kernels, constants)(images)
         return relative_error(smaller.eval()(images), expected)
 
 
@@ -100,14 +110,17 @@ def masked_network(
     dependencies: DependencyGraph,
     plan: PruningPlan,
     kernels: Mapping[str, Tensor] | None = None,
+    constants: Mapping[str, Tensor] | None = None,
 ) -> Callable[[Images], Tensor | tuple[Tensor, ...]]:
     """Return the masked original as a function of images: what the cut network must equal.
 
     It runs in evaluation mode, with the removed channels zeroed where they are read. Operations
     over all channels, such as layer norm, are computed over the channels that stay. `kernels` are
-    those of the cut network's convolutions that differ from the original's, by name. The function
+    those of the cut network's convolutions that differ from the original's, by name, and
+    `constants` its parameters in the place of branches, by `ResidualBranch.constant`. The function
     returns a tuple if the network returns several tensors.
     """
+    branches = dropped_branches(model, dependencies, plan)
     sizes = dependencies.sizes_after(plan.removed)
     stays = dependencies.kept_ids(dependencies.kept_channels(plan.removed))
     overrides: dict[Node, Compute] = {}
@@ -123,9 +136,13 @@ def masked_network(
     for name, kernel in (kernels or {}).items():
         weight = f"{name}.weight"
         state[weight] = _with_part(state[weight], kernel, kept.get(weight, {}))
+    for branch in branches:
+        is_kept = stays[branch.channels]
+        value = (constants or {}).get(branch.constant, torch.zeros(int(is_kept.sum())))
+        state[branch.constant] = _with_removed(value, is_kept)
 
     def masked(images: Images) -> Tensor | tuple[Tensor, ...]:
-        interpreter = GraphInterpreter(dependencies.graph, state, images)
+        interpreter = GraphInterpreter(dependencies.graph, state, images, dropped=branches)
         outputs = tuple(interpreter.finish(overrides=overrides))
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -139,6 +156,13 @@ def _with_part(kernel: Tensor, part: Tensor, kept: Mapping[int, npt.NDArray[np.i
     for dim, indices in kept.items():
         index[dim] = torch.from_numpy(indices).to(kernel.device)
     result[torch.meshgrid(*index, indexing="ij")] = part
+    return result
+
+
+def _with_removed(value: Float[Tensor, "kept"], is_kept: npt.NDArray[np.bool_]) -> Tensor:
+    """Return a constant with 0 for the channels that were removed."""
+    result = value.new_zeros(len(is_kept))
+    result[torch.from_numpy(is_kept).to(value.device)] = value
     return result
 
 

@@ -12,7 +12,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from secateur.config import AllocationRule, Budget, parse_budget
 from secateur.graph.dependency import OUTPUT, RESIDUAL, DependencyGraph, Removed
-from secateur.graph.factorisation import FactorableLayer, Ranks
+from secateur.graph.factorisation import Ranks
+from secateur.pruning.actions import BRANCH_OF, Actions, ActionSavings
 from secateur.pruning.allocation import (
     Counts,
     SearchSpace,
@@ -29,21 +30,20 @@ from secateur.pruning.allocation import (
     lowest_scores,
     lowest_sensitivity,
 )
-from secateur.pruning.cost.factored import FactoredCost
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+VERSION_WITHOUT_BRANCHES = 3
 VERSION_WITHOUT_RANKS = 2
-"""Version that a plan without ranks is written in, so that older versions can read it."""
+"""Versions that plans are written in that have no dropped branches, and no ranks either, so that
+older versions can read them."""
 RANK_FLOOR = 2 / 3
 """Least rank of a kernel, over the rank that the target leaves of every kernel in equal shares.
 What a kernel does for the original network says little of what it can do after the cut: in the
 refit it also corrects the errors of the layers before it."""
-RANK_OF = "rank of "
-"""Prefix of a convolution's rank among the counts that an allocation chooses."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class PruningPlan:
     """Hash of the weights that were scored (`hashing.weights_hash`), if known."""
     ranks: Ranks = field(default_factory=dict)
     """Convolutions that become two, one after the other, with the channels in between."""
+    dropped: tuple[str, ...] = ()
+    """Residual branches that a constant takes the place of, in the order of execution."""
 
     def to_json(self) -> str:
         """Return the plan as JSON text with its schema version and hash."""
@@ -73,13 +75,15 @@ class PruningPlan:
 
     def _content(self) -> dict[str, Any]:
         hashes = {"architecture": self.architecture, "weights": self.weights}
+        version = VERSION_WITHOUT_BRANCHES if self.ranks else VERSION_WITHOUT_RANKS
         return {
-            "schema_version": SCHEMA_VERSION if self.ranks else VERSION_WITHOUT_RANKS,
+            "schema_version": SCHEMA_VERSION if self.dropped else version,
             "target": str(self.budget),
             "criterion": self.criterion,
             **{key: value for key, value in hashes.items() if value is not None},
             "removed": {name: list(filters) for name, filters in self.removed.items()},
             **({"ranks": dict(self.ranks)} if self.ranks else {}),
+            **({"dropped": list(self.dropped)} if self.dropped else {}),
         }
 
     @staticmethod
@@ -97,6 +101,7 @@ class PruningPlan:
                 architecture=content.get("architecture"),
                 weights=content.get("weights"),
                 ranks={name: int(rank) for name, rank in content.get("ranks", {}).items()},
+                dropped=tuple(map(str, content.get("dropped", ()))),
             )
         except (
             *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
@@ -104,7 +109,7 @@ class PruningPlan:
         ) as error:
             raise RunFolderError(f"the plan can't be read: {error}") from error
         version = content.get("schema_version")
-        if version not in (VERSION_WITHOUT_RANKS, SCHEMA_VERSION):
+        if version not in range(VERSION_WITHOUT_RANKS, SCHEMA_VERSION + 1):
             raise RunFolderError(
                 f"the plan has schema version {version}, and this secateur reads up to "
                 f"{SCHEMA_VERSION}"
@@ -112,20 +117,6 @@ class PruningPlan:
         if content.get("hash") != plan.hash:
             raise RunFolderError("the plan's hash does not match its content: it has been changed")
         return plan
-
-
-@dataclass(frozen=True, eq=False)
-class RankChoice:
-    """The convolutions that may become two."""
-
-    layers: Mapping[str, FactorableLayer]
-    sensitivity: Mapping[str, Sequence[float]]
-    """`{name: output error when the rank is less than the whole rank by 0, 1, …}`."""
-
-    def chosen(self, counts: Counts) -> dict[str, int]:
-        """Return the ranks among an allocation's counts, of the convolutions that become two."""
-        ranks = {name: counts[RANK_OF + name] for name in self.layers}
-        return {name: n for name, n in ranks.items() if n < self.layers[name].whole_rank}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,10 +132,10 @@ class Allocation:
 
     rule: AllocationRule = "uniform"
     sensitivity: Mapping[str, Sequence[float]] | None = None
-    ranks: RankChoice | None = None
-    """Convolutions that may become two; with the rule `sensitivity` only."""
+    actions: Actions = field(default_factory=Actions)
+    """What may be done besides removing channels; with the rule `sensitivity` only."""
     keeps_channels: bool = False
-    """Whether no group loses channels, so that only ranks are reduced."""
+    """Whether no group loses channels, so that only other actions save anything."""
     shares: Mapping[str, float] | None = None
 
 
@@ -199,18 +190,17 @@ def make_plan(  # public: one keyword for each thing that a user may set
     else:
         if allocation.sensitivity is None:
             raise UsageError("the allocation `sensitivity` needs the sensitivity of each group")
-        ranks = allocation.ranks
-        of_ranks = {} if ranks is None else ranks.sensitivity
-        curves = {RANK_OF + name: curve for name, curve in of_ranks.items()}
-        counts = lowest_sensitivity(space, {**allocation.sensitivity, **curves})
+        actions = allocation.actions
+        counts = lowest_sensitivity(space, {**allocation.sensitivity, **actions.sensitivity})
         removed = ranking.removed(counts)
-        chosen = {} if ranks is None else ranks.chosen(counts)
-        if ranks is not None:
-            saved = FactoredCost(dependencies, ranks.layers, target.quantity)
-            savings = saved.savings(chosen, removed)
-            saving = {name for name, less in zip(ranks.layers, savings, strict=True) if less}
-            chosen = {name: rank for name, rank in chosen.items() if name in saving}
-        return PruningPlan(removed, target, criterion, architecture, ranks=chosen)
+        ranks = ActionSavings(actions, dependencies, target.quantity, latency).ranks(
+            counts, removed
+        )
+        dropped = actions.branches.dropped(counts)
+        inside = actions.inside(dependencies)
+        gone = {name for branch in dropped for name in inside[BRANCH_OF + branch]}
+        removed = {name: filters for name, filters in removed.items() if name not in gone}
+        return PruningPlan(removed, target, criterion, architecture, ranks=ranks, dropped=dropped)
     return PruningPlan(ranking.removed(counts), target, criterion, architecture)
 
 
@@ -226,7 +216,8 @@ def make_space(
 ) -> SearchSpace:
     """Return the numbers of channels that groups may keep, with the budget as their limit.
 
-    The ranks that convolutions may have are among them, if the `allocation` holds such.
+    The ranks that convolutions may have are among them, and the residual branches that may be
+    dropped, if the `allocation` holds such.
     """
     allocation = allocation or Allocation()
     measure = count_quantity(dependencies, target.quantity, latency)
@@ -239,41 +230,33 @@ def make_space(
     if allocation.keeps_channels:
         steps = {name: allowed[-1:] for name, allowed in steps.items()}
     limit = target.fraction_left * measure({})
-    ranks = allocation.ranks
-    if ranks is None:
+    actions = allocation.actions
+    if not (actions.ranks.layers or actions.branches.branches):
         return SearchSpace(
             steps,
             lambda counts: measure(ranking.removed(counts)),
             limit,
             pressure and (lambda counts: pressure(ranking.removed(counts))),
         )
-    saved = FactoredCost(dependencies, ranks.layers, target.quantity)
+    savings = ActionSavings(actions, dependencies, target.quantity, latency)
 
-    def rank_steps(floor: float) -> dict[str, Sequence[int]]:
-        return {
-            RANK_OF + name: [
-                *(
-                    n
-                    for n in range(round_to, layer.whole_rank, round_to)
-                    if n >= floor * layer.whole_rank
-                ),
-                layer.whole_rank,
-            ]
-            for name, layer in ranks.layers.items()
-        }
-
-    def with_ranks(counts: Counts) -> float:
+    def left(counts: Counts) -> float:
         removed = ranking.removed(counts)
-        return measure(removed) - float(saved.savings(ranks.chosen(counts), removed).sum())
+        return measure(removed) - savings(counts, removed)
 
-    jumping = frozenset(RANK_OF + name for name in ranks.layers)
-    space = SearchSpace(
-        {**steps, **rank_steps(RANK_FLOOR * target.fraction_left)},
-        with_ranks,
-        limit,
-        jumping=jumping,
-    )
-    return space if space.fits(space.least) else replace(space, steps={**steps, **rank_steps(0)})
+    def with_ranks(floor: float) -> SearchSpace:
+        ranks = actions.ranks.steps(round_to, floor)
+        return SearchSpace(
+            {**steps, **ranks, **actions.branches.steps},
+            left,
+            limit,
+            jumping=frozenset(ranks),
+            inside=actions.inside(dependencies),
+            interaction=actions.branches.interaction,
+        )
+
+    space = with_ranks(RANK_FLOOR * target.fraction_left)
+    return space if space.fits(space.least) else with_ranks(0)
 
 
 def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budget) -> None:

@@ -16,10 +16,13 @@ from secateur.data import Batch
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import factorable_layers
 from secateur.graph.module_state import tensors_of
+from secateur.graph.residual_branches import residual_branches
 from secateur.models.task import SINGLE_LABEL, Task
+from secateur.pruning.actions import Actions, BranchChoice, RankChoice
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
-from secateur.pruning.plan import Allocation, PruningPlan, RankChoice, make_plan, make_space
+from secateur.pruning.depth_sensitivity import droppable_branches, measure_depth_sensitivity
+from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.rank_sensitivity import measure_rank_sensitivity
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_sensitivity
@@ -128,7 +131,10 @@ def make_plan_inputs(
         latency = distributed.on_main_process(
             lambda: measure_latency(model, dependencies, images.example)
         )
-    ranks = _rank_choice(model, dependencies, images, settings, progress)
+    actions = Actions(
+        _rank_choice(model, dependencies, images, settings, progress),
+        _branch_choice(model, dependencies, images, settings, progress),
+    )
     inputs = {}
     for name, criterion in criteria.items():
         own_moments = criterion if isinstance(criterion, Reconstruction) else moments
@@ -136,7 +142,7 @@ def make_plan_inputs(
         allocation = Allocation(
             settings.allocation,
             shares=settings.shares or None,
-            ranks=ranks,
+            actions=actions,
             keeps_channels="channels" not in settings.actions,
         )
         if settings.allocation == "sensitivity" and own_moments is not None:
@@ -164,10 +170,10 @@ def _rank_choice(
     images: CalibrationImages,
     settings: PlanSection,
     progress: ProgressCallback,
-) -> RankChoice | None:
-    """Return the convolutions that may become two; None if `rank` is not among the actions."""
+) -> RankChoice:
+    """Return the convolutions that may become two; none if `rank` is not among the actions."""
     if "rank" not in settings.actions:
-        return None
+        return RankChoice({}, {})
     layers = factorable_layers(model, dependencies, settings.exclude)
     sensitivity = measure_rank_sensitivity(
         tensors_of(model),
@@ -180,3 +186,28 @@ def _rank_choice(
         progress=progress,
     )
     return RankChoice(layers, sensitivity)
+
+
+def _branch_choice(
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    images: CalibrationImages,
+    settings: PlanSection,
+    progress: ProgressCallback,
+) -> BranchChoice:
+    """Return the branches that may be dropped; none if `depth` is not among the actions."""
+    if "depth" not in settings.actions:
+        return BranchChoice({}, {})
+    branches = residual_branches(model, dependencies, settings.exclude)
+    branches = droppable_branches(model, dependencies, branches, images.example)
+    sensitivity = measure_depth_sensitivity(
+        model,
+        dependencies,
+        branches,
+        images.sample(),
+        most_images=settings.sensitivity_images,
+        task=images.task,
+        memory_bytes=images.memory_bytes,
+        progress=progress,
+    )
+    return BranchChoice(branches, sensitivity)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph
+from secateur.pruning.apply import apply_plan
 from secateur.pruning.cost.latency_profiler import measure_fraction_left
 from secateur.pruning.outcome import SizeTrial
 from secateur.pruning.plan import PruningPlan
@@ -41,7 +41,8 @@ def plan_in_time(
     points = [(1.0, 1.0)]  # predicted and measured fractions
     for _ in range(LATENCY_ATTEMPTS):
         attempt = plan(aim)
-        measured = measure_fraction_left(model, cut(model, dependencies, attempt.removed), images)
+        smaller = apply_plan(model, dependencies, attempt)
+        measured = measure_fraction_left(model, smaller, images)
         points.append((aim, measured))
         if measured <= fraction_left and (best is None or measured > best[1]):
             best = attempt, measured

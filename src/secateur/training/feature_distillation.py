@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.network_graph import operation_name
+from secateur.graph.residual_branches import ResidualBranch
 
 SPATIAL = 4
 """Dimensions of a batch of feature maps: [image, channel, height, width]."""
@@ -26,12 +27,16 @@ class ResidualSum:
     """Channels of the original sum."""
 
 
-def residual_sums(dependencies: DependencyGraph, removed: Removed) -> tuple[ResidualSum, ...]:
+def residual_sums(
+    dependencies: DependencyGraph, removed: Removed, dropped: Sequence[ResidualBranch] = ()
+) -> tuple[ResidualSum, ...]:
     """Return the modules that add two feature maps, with the channels that `removed` keeps.
 
     A module with several sums counts with its last one. Sums in the network's own forward, outside
-    of any module, have no module name and are left out.
+    of any module, have no module name and are left out. So are those before a dropped branch, whose
+    work the layers before the sum have taken over.
     """
+    shortcuts = {branch.shortcut for branch in dropped}
     is_kept = dependencies.kept_ids(dependencies.kept_channels(removed))
     sums: dict[str, ResidualSum] = {}
     for node in dependencies.graph.nodes:
@@ -40,6 +45,8 @@ def residual_sums(dependencies: DependencyGraph, removed: Removed) -> tuple[Resi
         summands = [summand for summand in node.args[:2] if summand in dependencies.axes]
         shapes = {tuple(value.meta["val"].shape) for value in (node, *summands)}  # type: ignore[union-attr]
         ids = dependencies.axes[node][1] if len(dependencies.axes[node]) == SPATIAL else None
+        if not shortcuts.isdisjoint((node, *node.users)):
+            continue
         stack = list(node.meta.get("nn_module_stack", {}).values())
         if len(summands) == 2 and len(shapes) == 1 and ids is not None and stack and stack[-1]:
             kept = np.flatnonzero(is_kept[ids]).tolist()

@@ -50,6 +50,7 @@ def write_report(
         tradeoff=tradeoff(result, beside),
         layers=layer_rows(result, gallery),
         splits=result.splits,
+        dropped=result.dropped,
         concept_map=None if gallery is None else concept_map(gallery),
         gallery=gallery,
         own_regions=any(name in result.concept_sources for name in COMPUTED_SOURCES),

@@ -32,7 +32,7 @@ from secateur.pruning.refit.segment_function import (
     gradients,
     requiring_gradients,
 )
-from secateur.pruning.refit.segments import Segment, value_node
+from secateur.pruning.refit.segments import Segment
 from secateur.pruning.refit.target_layers import TargetLayer
 from secateur.runtime import distributed
 from secateur.runtime.device import sums_device
@@ -118,10 +118,10 @@ class SegmentProblem:
 
     def _wanted(self, batch: CachedBatch) -> list[Tensor]:
         """Return what the targets are in the original network, of a batch's images that count."""
-        nodes = {value_node(target): target for target in self.segment.targets}
+        nodes = {target.goal: target for target in self.segment.targets}
         values: dict[Node, Tensor] = {}
         full = batch.starts[self.segment.group][0].copy()
-        full.advance(self.segment.last, after={node: catch(values, node) for node in nodes})
+        full.advance(self.segment.behind_goals, after={node: catch(values, node) for node in nodes})
         return [
             _of_images(batch, target, self.kept.select(node, values[node]))
             for node, target in nodes.items()

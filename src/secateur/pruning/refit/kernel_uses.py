@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch.fx.node import Node
 
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.network_graph import NetworkGraph, argument, operation_name
+from secateur.graph.residual_branches import ResidualBranch
 
 
-def uses_by_kernel(dependencies: DependencyGraph) -> dict[str, list[Layer]]:
-    """Return the layers that use each kernel, in the order of execution."""
+def uses_by_kernel(
+    dependencies: DependencyGraph, dropped: Iterable[ResidualBranch] = ()
+) -> dict[str, list[Layer]]:
+    """Return the layers that use each kernel, in the order of execution.
+
+    Those of `dropped` branches are left out.
+    """
+    gone = frozenset[str]().union(*(branch.tensors for branch in dropped))
     uses: dict[str, list[Layer]] = {}
     for layer in dependencies.layers:
+        if layer.weight in gone:
+            continue
         uses.setdefault(layer.weight, []).append(layer)
     return uses
 

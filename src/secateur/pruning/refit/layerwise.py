@@ -24,7 +24,7 @@ remaining channels. Least squares on sampled positions is what channel pruning (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -47,12 +47,14 @@ from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.module_state import device_of, tensors_of
 from secateur.graph.patches import PositionSampling
+from secateur.graph.residual_branches import ResidualBranch, residual_branches
 from secateur.graph.weight_norm import with_kernels
 from secateur.models.task import SINGLE_LABEL, Task
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.refit.activation_cache import ActivationCache, CachedBatch
 from secateur.pruning.refit.candidates import LayerBatch, Regression
 from secateur.pruning.refit.channel_regression import ChannelRegression
+from secateur.pruning.refit.constants import ConstantEstimator
 from secateur.pruning.refit.important_positions import make_importance
 from secateur.pruning.refit.joint import JointRefitter
 from secateur.pruning.refit.kernel_uses import uses_by_kernel, why_not_refitted
@@ -91,6 +93,8 @@ class RefitInputs:
     removed: Removed
     ranks: Ranks = field(default_factory=dict)
     """Convolutions of `smaller` that are two each, with the rank of their kernel."""
+    dropped: Sequence[str] = ()
+    """Residual branches that `smaller` has constants in place of."""
 
 
 def refit(
@@ -116,21 +120,23 @@ def refit(
     """
     dependencies, device = inputs.dependencies, device_of(inputs.smaller)
     cache = ActivationCache(settings.memory_bytes // 2, device)
-    kept = KeptChannels(dependencies, inputs.removed)
-    names = dependencies.graph.tensor_names.values()
-    tensors, norms = tensors_with_products(inputs.smaller, inputs.ranks), dependencies.weight_norms
+    kept = KeptChannels(dependencies, inputs.removed, _dropped_branches(inputs))
+    tensors = tensors_with_products(inputs.smaller, inputs.ranks)
+    norms = [norm for norm in dependencies.weight_norms if norm.direction in tensors]
+    names = [name for name in dependencies.graph.tensor_names.values() if name in tensors]
+    names += [branch.constant for branch in kept.dropped]
     state = with_kernels(norms, {name: tensors[name].clone() for name in names})
     full_state = with_kernels(norms, tensors_of(inputs.model))
     results: list[LayerRefit] = []
     importance = make_importance(kept, full_state, task, settings, seed)
-    uses = uses_by_kernel(dependencies)
-    changed = _changed_kernels(inputs, uses)
+    uses = uses_by_kernel(dependencies, kept.dropped)
+    changed = _changed_kernels(inputs, kept, uses)
     is_joint = settings.joint and settings.layers == "downstream" and importance is None
-    groups = inputs.removed if is_joint else {}
-    joint = JointRefitter(
-        kept, groups, uses, state, cache, rectified=settings.rectified, ranks=inputs.ranks
-    )
-    first = next((uses[w][0].node for w in uses if w in changed or joint.begins_at(w)), None)
+    groups, rectified = (inputs.removed if is_joint else {}), settings.rectified
+    joint = JointRefitter(kept, groups, uses, state, cache, rectified=rectified, ranks=inputs.ranks)
+    places = [uses[w][0].node for w in uses if w in changed or joint.begins_at(w)]
+    places += [branch.sum for branch in kept.dropped]
+    first = min(places, key=dependencies.graph.nodes.index, default=None)
     with torch.no_grad(), cache:
         count = 0
         for batch, images in rebatch(batches):
@@ -138,11 +144,9 @@ def refit(
                 layer_outputs.append({})
             outputs = None if layer_outputs is None else layer_outputs[len(cache)]
             full, cut = _interpreters(kept, full_state, state, batch.images, outputs)
-            if first is not None:  # so that the images themselves are not held
-                full.advance(first)
-                cut.advance(first)
-            shown, numbers = batch.images[:images], batch.indices[:images]
-            positions = importance.positions(shown, numbers) if importance else {}
+            _advance((full, cut), first)
+            numbers = batch.indices[:images]
+            positions = importance.positions(batch.images[:images], numbers) if importance else {}
             cache.append(CachedBatch(full, cut, numbers, positions))
             count += images
         if not (count := sum(distributed.all_gather(count))):
@@ -159,20 +163,27 @@ def refit(
             sums_device=sums_device(device),
             generator=torch.Generator().manual_seed(seed),
         )
+        constants = ConstantEstimator(kept, state, cache)
         for weight, layers in progress(uses.items(), "refitting layers", len(uses)):
+            constants.estimate_before(layers[0].node)
             joint.begin(weight)
             upstream_changed = settings.layers == "downstream" and bool(results)
             if weight in changed or upstream_changed:
                 result = refitter.refit_kernel(layers)
                 results.append(replace(result, joint=joint.end(weight, count)))
                 for norm in norms:
-                    if norm.direction in state:
-                        state.update(norm.parts(state[norm.direction]))
-    with torch.no_grad():
-        for name in names:
-            tensors[name].copy_(state[name])
-    write_products(inputs.smaller, inputs.ranks, tensors)
+                    state.update(norm.parts(state[norm.direction]))
+        constants.estimate_before(None)
+    _write(inputs, tensors, {name: state[name] for name in names})
     return tuple(results)
+
+
+def _write(inputs: RefitInputs, tensors: State, values: State) -> None:
+    """Write values into the tensors of the cut network, and kernels of lower rank into both."""
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)
+    write_products(inputs.smaller, inputs.ranks, tensors)
 
 
 def _interpreters(
@@ -186,8 +197,14 @@ def _interpreters(
     graph, shown = kept.dependencies.graph, images.clone()  # not the memory of a larger batch
     return (
         GraphInterpreter(graph, full_state, shown, cached_outputs=outputs),
-        GraphInterpreter(graph, state, shown, kept.sizes),
+        GraphInterpreter(graph, state, shown, kept.sizes, dropped=kept.dropped),
     )
+
+
+def _advance(interpreters: Iterable[GraphInterpreter], first: Node | None) -> None:
+    """Advance to the first operation that matters, so that the images themselves are not held."""
+    for interpreter in interpreters if first is not None else ():
+        interpreter.advance(first)
 
 
 def positions_of_image(settings: RefitSection, images: int) -> int:
@@ -195,15 +212,42 @@ def positions_of_image(settings: RefitSection, images: int) -> int:
     return max(settings.positions, -(-FEWEST_POSITIONS // images))
 
 
-def _changed_kernels(inputs: RefitInputs, uses: dict[str, list[Layer]]) -> frozenset[str]:
-    """Return the kernels that lost inputs, or have a lower rank now."""
-    kept = inputs.dependencies.kept_indices(inputs.removed)
+def _changed_kernels(
+    inputs: RefitInputs, kept: KeptChannels, uses: dict[str, list[Layer]]
+) -> frozenset[str]:
+    """Return the kernels that lost inputs, or have a lower rank or more to do now."""
+    indices = inputs.dependencies.kept_indices(inputs.removed)
     lost_inputs = (
         weight
         for weight, layers in uses.items()
-        if 1 - layers[0].filter_dim in kept.get(weight, {})
+        if 1 - layers[0].filter_dim in indices.get(weight, {})
     )
-    return frozenset([*lost_inputs, *(f"{name}.weight" for name in inputs.ranks)])
+    of_lower_rank = (f"{name}.weight" for name in inputs.ranks)
+    return frozenset([*lost_inputs, *of_lower_rank, *_kernels_around_dropped(kept, uses)])
+
+
+def _kernels_around_dropped(
+    kept: KeptChannels, uses: Mapping[str, Sequence[Layer]]
+) -> Iterator[str]:
+    """Yield the kernels that take over what dropped branches did, and the first one behind."""
+    if not kept.dropped:
+        return
+    place = {node: number for number, node in enumerate(kept.dependencies.graph.nodes)}
+    first = min(place[branch.sum] for branch in kept.dropped)
+    has_come = False
+    for weight, (layer, *_) in uses.items():
+        target = target_layer(refit_layer(layer, kept))
+        is_behind = place[layer.node] > first
+        if target.goal is not target.value_node or (is_behind and not has_come):
+            yield weight
+        has_come |= is_behind
+
+
+def _dropped_branches(inputs: RefitInputs) -> list[ResidualBranch]:
+    if not inputs.dropped:
+        return []
+    branches = residual_branches(inputs.model, inputs.dependencies)
+    return [branches[name] for name in branches if name in inputs.dropped]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from secateur.graph.interpreter import GraphInterpreter, apply
 from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.network_graph import Compute, NodeHook
 from secateur.pruning.refit.regression_targets import State
-from secateur.pruning.refit.segments import Segment, SegmentKernel, value_node
+from secateur.pruning.refit.segments import Segment, SegmentKernel
 from secateur.pruning.refit.target_layers import affine
 
 Direction = list[tuple[Tensor, Tensor]]
@@ -35,7 +35,7 @@ class SegmentFunction:
 
     def __init__(self, segment: Segment, kept: KeptChannels, state: State) -> None:
         self._segment = segment
-        self._nodes = [value_node(target) for target in segment.targets]
+        self._nodes = [target.value_node for target in segment.targets]
         self._kernels = [_folded(kernel, kept, state) for kernel in segment.kernels]
 
     @property

@@ -55,6 +55,8 @@ class Segment:
     """Whether only errors behind a rectifier count, at targets that one alone reads."""
     last: Node
     """The operation behind the last target."""
+    behind_goals: Node
+    """That behind the last of the goals in the original network."""
 
     @property
     def first(self) -> Node:
@@ -86,14 +88,16 @@ def find_segments(
         if not producers or not consumers:
             continue
         targets = tuple(target_layer(refit_layer(layer, kept)) for layer in consumers)
-        values = [place[value_node(target)] for target in targets]
+        values = [place[target.value_node] for target in targets]
         if max(place[layer.node] for layer in producers) > min(values):
             continue  # a whole stage, coupled by its residual sums
         kernels = [_kernel(layer, kept, group) for layer in producers]
         kernels += [_kernel(layer, kept, None) for layer in consumers]
         kernels.sort(key=lambda kernel: place[kernel.layer.node])
         last = dependencies.graph.nodes[max(values) + 1]
-        segments.append(Segment(name, tuple(kernels), targets, rectified, last))
+        goals = max(place[target.goal] for target in targets)
+        behind_goals = dependencies.graph.nodes[goals + 1]
+        segments.append(Segment(name, tuple(kernels), targets, rectified, last, behind_goals))
     return sorted(segments, key=lambda segment: place[segment.first])
 
 
@@ -133,8 +137,3 @@ def _kernel(layer: Layer, kept: KeptChannels, group: Group | None) -> SegmentKer
     by_group = torch.from_numpy(rows).reshape(used.groups, -1)
     target = target_layer(used)
     return SegmentKernel(used, target.norm, offset_place([target]), by_group)
-
-
-def value_node(target: TargetLayer) -> Node:
-    """Return the operation whose value is compared with the original's."""
-    return target.sum or target.norm or target.layer.node

@@ -33,12 +33,19 @@ class TargetLayer:
     sum: Node | None
     other: Node | None
     """The other summand."""
+    goal: Node
+    """The operation of the original network that gives the target: behind the branches that the
+    cut network lacks, whose work the layer takes over."""
 
     @property
     def rectified(self) -> bool:
         """Whether only a rectifier reads the output of the layer, its norm or its sum."""
-        last = self.sum or self.norm or self.layer.node
-        return [operation_name(user) for user in last.users] == ["relu"]
+        return [operation_name(user) for user in self.goal.users] == ["relu"]
+
+    @property
+    def value_node(self) -> Node:
+        """The operation of the cut network whose value is compared with the goal's."""
+        return self.sum or self.norm or self.layer.node
 
     def at(
         self,
@@ -65,14 +72,17 @@ class TargetLayer:
             strong = scale.abs() > SMALLEST_SCALE
             scale = scale.where(strong, 1.0)
         result = wanted * scale + offset
+        if self.goal is not (self.norm or layer.node):
+            result = sampled(self.goal, full.copy().step(self.goal))
+            summand = (result - offset) / scale
         if self.sum is not None and self.other is not None:
-            result = sampled(self.sum, full.copy().step(self.sum))
             ahead = cut
             if not cut.has(self.other):
                 ahead = cut.copy()
                 ahead.advance(self.sum)
             other = at_positions(layer.maps(ahead.value(self.other)[:count]), positions)
             summand = (result - other - offset) / scale
+        if self.goal is not (self.norm or layer.node):
             wanted = summand if self.norm is None else summand.where(strong, wanted)
         if layer.bias is not None:
             wanted = wanted - state[layer.bias]
@@ -84,7 +94,7 @@ def target_layer(layer: RefitLayer) -> TargetLayer:
     norm = _norm_behind(layer)
     last = norm or layer.node
     users = list(last.users)
-    without_sum = TargetLayer(layer, norm, None, None)
+    without_sum = TargetLayer(layer, norm, None, None, _goal(layer, last))
     if len(users) != 1 or operation_name(users[0]) != "add" or users[0].kwargs:
         return without_sum
     summands = [source for source in users[0].args if isinstance(source, Node)]
@@ -94,7 +104,27 @@ def target_layer(layer: RefitLayer) -> TargetLayer:
     other = summands[0] if summands[1] is last else summands[1]
     if other.op != "call_function":
         return without_sum
-    return TargetLayer(layer, norm, users[0], other)
+    return TargetLayer(layer, norm, users[0], other, _goal(layer, users[0]))
+
+
+def _goal(layer: RefitLayer, value: Node) -> Node:
+    """Return the operation whose value in the original a value of the cut network should have.
+
+    That is the value itself, or the last of the sums that are nothing but the value now.
+    """
+    dropped = {branch.shortcut: branch for branch in layer.kept.dropped}
+    goal, node = value, value
+    while True:
+        behind = list(node.users)
+        if len(behind) == 1 and operation_name(behind[0]) == "relu":
+            node = behind[0]
+        branch = dropped.get(node)
+        if branch is None or not set(node.users) <= {branch.sum, *branch.nodes}:
+            break
+        if node is not goal and [operation_name(n) for n in branch.sum.users] != ["relu"]:
+            break
+        goal = node = branch.sum
+    return goal
 
 
 def _norm_behind(layer: RefitLayer) -> Node | None:
