@@ -6,7 +6,7 @@
 For each of secateur's sets of actions this looks for the budget whose network takes 0.7 of the
 original's time: both compiled by `torch.compile`, 16 images at a time, timed interleaved on one
 thread. The budget is one of MACs or of latency, which is planned by the times of layers that are
-not compiled. CIFAR-10's networks are refitted on 2,000 images, MobileNetV2 on 900 ordinary images
+not compiled. CIFAR-10's networks are refitted on 2,000 images, MobileNetV2 on 300 ordinary images
 of ImageNet, without labels. They are scored on the test images, which choose nothing. Each
 measurement adds a line to `results/actions.jsonl`, and the table is in docs/research/depth.md. It
 needs a C++ compiler.
@@ -49,7 +49,7 @@ ACTIONS = (
     ("channels,depth", "latency"),
 )
 """Sets of actions, and the quantity that they are planned by."""
-CALIBRATION = "900 images"
+CALIBRATION = "300 images"
 """Of ImageNet, as in `imagenet.CALIBRATIONS`."""
 TIME_LEFT = 0.7
 NEAR = 0.02
