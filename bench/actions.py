@@ -75,21 +75,25 @@ def main() -> None:
         networks = NETWORKS[arguments.study]
         for network, seed in itertools.product(networks, range(arguments.seeds)):
             if fnmatch.fnmatch(network, arguments.networks):
-                missing = [way for way in ACTIONS if (network, *way, seed) not in known]
+                missing = [
+                    action_set
+                    for action_set in ACTIONS
+                    if (network, *action_set, seed) not in known
+                ]
                 measure(network, seed, missing, arguments)
     rows = read_measurements(RESULTS, KEY)
     PAGE.write_text(with_table(PAGE.read_text(), "results/actions.jsonl", table(rows)))
 
 
 def measure(
-    network: str, seed: int, ways: list[tuple[str, str]], arguments: argparse.Namespace
+    network: str, seed: int, action_sets: list[tuple[str, str]], arguments: argparse.Namespace
 ) -> None:
     """Append a row for each set of actions."""
     config, dataset, model = load_network(network, arguments)
     batches = channels_last(make_reader(config).read_shard(dataset.test))
     before = fraction_equal(predictions(model, batches), labels(batches))
     images = batches[0].images[:BATCH]
-    for actions, planned_by in ways:
+    for actions, planned_by in action_sets:
         target = f"{planned_by}={TIME_LEFT}"
         plan = config.plan.model_copy(
             update={"actions": tuple(actions.split(",")), "target": target}
@@ -178,11 +182,11 @@ def table(rows: list[Measurement]) -> str:
         "|---|---|---|---|---|---|",
     ]
     networks = itertools.chain.from_iterable(NETWORKS.values())
-    for network, way in itertools.product(networks, ACTIONS):
+    for network, action_set in itertools.product(networks, ACTIONS):
         mine = [
             row
             for row in rows
-            if (row["network"], row["actions"], row["planned_by"]) == (network, *way)
+            if (row["network"], row["actions"], row["planned_by"]) == (network, *action_set)
         ]
         if not mine:
             continue
@@ -190,7 +194,7 @@ def table(rows: list[Measurement]) -> str:
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(mine) > 1 else ""
         times = [row["time_left"] for row in mine]
         lines.append(
-            f"| {network}, {100 * mine[0]['before_fraction']:.2f} | {' | '.join(way)} | "
+            f"| {network}, {100 * mine[0]['before_fraction']:.2f} | {' | '.join(action_set)} | "
             f"{statistics.mean(row['macs_left'] for row in mine):.2f} | "
             f"{min(times):.2f} to {max(times):.2f} | {statistics.mean(accuracies):.2f}{spread} |"
         )

@@ -115,14 +115,6 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     counts = space.whole
     now = pressure(counts)
 
-    def interaction(name: str, count: int) -> float:
-        """Return what the loss changes by, beyond the group's own, when it comes to a count."""
-        if name not in space.inside or count == counts[name]:
-            return 0.0
-        lost_inside = math.fsum(hulls[inner](counts[inner]) for inner in space.inside[name])
-        together = space.interaction({**counts, name: count}) - space.interaction(counts)
-        return together + (lost_inside if count else -lost_inside)
-
     def next_step(name: str) -> _Step | None:
         place = bisect.bisect_left(space.steps[name], counts[name])
         if not place:
@@ -143,7 +135,8 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
             place = bisect.bisect_left(below, True, key=lambda count: now - after(count) <= least)
             count = below[max(0, place - 1)]
             left = after(count)
-        loss = hulls[name](count) - hulls[name](counts[name]) + interaction(name, count)
+        loss = hulls[name](count) - hulls[name](counts[name])
+        loss += _interaction(space, hulls, counts, name, count)
         gain = now - left
         return _Step(loss / gain if gain > least else math.inf, loss, name, count, left)
 
@@ -174,12 +167,27 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     for name, count in counts.items():
         upper = min(bisect.bisect_right(space.steps[name], count), len(space.steps[name]) - 1)
         gains[name] = hulls[name](count) - hulls[name](space.steps[name][upper])
-        gains[name] -= interaction(name, space.steps[name][upper])
+        gains[name] -= _interaction(space, hulls, counts, name, space.steps[name][upper])
     names = sorted(counts, key=lambda name: -gains[name])
     filled = _filled_up(space, counts, names)
     while space.inside and filled != counts:  # the last step may have been a large one
         counts, filled = filled, _filled_up(space, filled, names)
     return filled
+
+
+def _interaction(
+    space: SearchSpace,
+    hulls: Mapping[str, Callable[[int], float]],
+    counts: Counts,
+    name: str,
+    count: int,
+) -> float:
+    """Return what the loss changes by, beyond the group's own, when a group comes to a count."""
+    if name not in space.inside or count == counts[name]:
+        return 0.0
+    lost_inside = math.fsum(hulls[inner](counts[inner]) for inner in space.inside[name])
+    together = space.interaction({**counts, name: count}) - space.interaction(counts)
+    return together + (lost_inside if count else -lost_inside)
 
 
 def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> Counts:

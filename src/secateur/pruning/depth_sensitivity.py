@@ -86,7 +86,7 @@ def measure_depth_sensitivity(
         plan = _plan_without(name)
         smaller = apply_plan(model, dependencies, plan)
         inputs = RefitInputs(model, smaller, dependencies, {}, dropped=plan.dropped)
-        refit(inputs, _batches(images[is_fitted]), settings, seed=0)
+        refit(inputs, [_shard(images[is_fitted])], settings, seed=0)
         outputs = _outputs(smaller, dependencies, images[is_measured], branch)
         parts = zip(expected, outputs, strict=True)
         error = math.fsum(len(w[0]) * output_error(w, o, task) for w, o in parts)
@@ -129,13 +129,10 @@ def _plan_without(*names: str) -> PruningPlan:
     return PruningPlan({}, Budget("macs", 1.0), "depth", dropped=names)
 
 
-def _batches(images: Tensor) -> list[Batch]:
-    """Return this process's shard of the images."""
-    numbers = torch.arange(len(images)).split(images_at_a_time(*images.shape[2:]))
-    return [
-        Batch(images[index], torch.zeros(len(index), dtype=torch.int64), index)
-        for index in distributed.shard(numbers)
-    ]
+def _shard(images: Tensor) -> Batch:
+    """Return this process's shard of the images, without labels."""
+    numbers = torch.tensor(distributed.shard(range(len(images))), dtype=torch.int64)
+    return Batch(images[numbers], torch.zeros_like(numbers), numbers)
 
 
 def _outputs(
