@@ -165,6 +165,17 @@ def test_the_constant_is_what_the_branch_gives() -> None:
     assert branches["blocks.0"].others == ("blocks.0.conv1", "blocks.0.bn1", "blocks.0.conv2")
 
 
+@pytest.mark.parametrize("name", ["basic", "inverted"])
+def test_channels_last_in_memory_stay_so(name: str) -> None:
+    network = seeded(NETWORKS[name][0]())
+    dependencies, _ = branches_of(network)
+    smaller = secateur.apply_plan(network, dependencies, plan_without("blocks.0"))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        maps = torch.randn(2, 8, 6, 6).contiguous(memory_format=layout)
+        result = smaller.get_submodule("blocks.0")(maps)
+        assert result.is_contiguous(memory_format=layout)
+
+
 def test_modules_of_a_branch_that_write_in_place_leave_its_input_alone() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:

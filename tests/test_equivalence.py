@@ -21,7 +21,7 @@ from secateur.graph.cut import cut
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.models.divergence import relative_error
 from secateur.pipeline.inputs import load_inputs
-from secateur.pruning import equivalence
+from secateur.pruning import apply, equivalence
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import CutError, NotFiniteError
@@ -61,7 +61,7 @@ def test_a_wrong_cut_names_its_layer(wired: Wired, monkeypatch: pytest.MonkeyPat
         others = {name: (1,) if name == wrong else f for name, f in removed.items()}
         return cut(model, dependencies, others)
 
-    monkeypatch.setattr(equivalence, "cut", wrong_cut)
+    monkeypatch.setattr(apply, "cut", wrong_cut)
     smaller = wrong_cut(model, dependencies, plan.removed)
     with pytest.raises(CutError, match=f"after removing the filters of {wrong} "):
         equivalence.check_equivalence(model, dependencies, plan, smaller, random_images(3))
@@ -77,7 +77,7 @@ def test_a_cut_that_fails_only_as_a_whole_names_no_layer(
             removed = dict.fromkeys(removed, (1,))
         return cut(model, dependencies, removed)
 
-    monkeypatch.setattr(equivalence, "cut", wrong_cut)
+    monkeypatch.setattr(apply, "cut", wrong_cut)
     smaller = wrong_cut(model, dependencies, plan.removed)
     with pytest.raises(CutError, match="all layers together"):
         equivalence.check_equivalence(model, dependencies, plan, smaller, random_images(3))

@@ -41,7 +41,7 @@ class Timed:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, measured: Callable[[float], float]) -> None:
         self.asked: list[float] = []
-        monkeypatch.setattr(size_search, "cut", lambda model, dependencies, removed: model)
+        monkeypatch.setattr(size_search, "apply_plan", lambda model, *_: model)
         fraction = lambda *_: measured(self.asked[-1])  # noqa: E731
         monkeypatch.setattr(size_search, "measure_fraction_left", fraction)
 

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 from torch.fx.node import Node
 
@@ -83,7 +84,7 @@ class Constant(nn.Module):
         shape = [1] * maps.dim()
         shape[self.channel_dim] = len(self.value)
         sizes = [-1 if dim == self.channel_dim else size for dim, size in enumerate(maps.shape)]
-        return self.value.view(shape).expand(sizes).clone()  # the network may add in place
+        return _copied(self.value.view(shape).expand(sizes), maps)  # the network may add in place
 
 
 class FirstChannel(nn.Module):
@@ -95,7 +96,18 @@ class FirstChannel(nn.Module):
 
     def forward(self, maps: Tensor, *_: object, **__: object) -> Tensor:
         """Return the first channel; other arguments than the first are ignored."""
-        return maps.narrow(self.channel_dim, 0, 1).clone()  # the network may write in place
+        return _copied(maps.narrow(self.channel_dim, 0, 1), maps)  # the network may write in place
+
+
+def _copied(value: Tensor, like: Tensor) -> Tensor:
+    """Return a copy whose numbers lie in memory as those of another tensor: channels last or not.
+
+    Of a tensor with one channel only its strides tell.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    is_channels_last = like.dim() in formats and like.stride(1) == 1
+    layout = formats[like.dim()] if is_channels_last else torch.contiguous_format
+    return value.clone(memory_format=layout)
 
 
 def residual_branches(
