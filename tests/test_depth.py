@@ -397,21 +397,6 @@ def test_a_dropped_branch_pays_for_no_channels_and_costs_what_they_did_not() -> 
     assert sorted([dear["inner"], dear["outer"]]) == [5, 6]
 
 
-def test_branches_in_a_row_cost_more_than_their_sum() -> None:
-    _, branches = branches_of(Sequence(*(BasicBlock(8, 8) for _ in range(4))))
-    choice = BranchChoice(branches, dict.fromkeys(branches, 2.0))
-
-    def interaction(*kept: int) -> float:
-        return choice.interaction({f"{BRANCH_OF}blocks.{i}": k for i, k in enumerate(kept)})
-
-    assert interaction(1, 1, 1, 1) == interaction(0, 1, 0, 1) == 0
-    assert interaction(0, 0, 1, 0) == pytest.approx((2**0.5 - 1) * 4)
-    assert interaction(0, 0, 0, 0) == pytest.approx(8)
-    two_stages = BranchChoice(branches_of(resnet())[1], dict.fromkeys(NETWORKS["resnet"][1], 1.0))
-    nothing = {BRANCH_OF + name: 0 for name in NETWORKS["resnet"][1]}
-    assert two_stages.interaction(nothing) == pytest.approx((2**0.5 - 1) * 2)
-
-
 def test_a_plan_with_dropped_branches_is_kept_as_text() -> None:
     plan = plan_without("b", "c", removed={"a": (1,)})
     text = plan.to_json()

@@ -6,9 +6,6 @@ branch.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -60,33 +57,6 @@ class BranchChoice:
     def dropped(self, counts: Counts) -> tuple[str, ...]:
         """Return the branches that an allocation's counts leave out."""
         return tuple(name for name in self.branches if not counts[BRANCH_OF + name])
-
-    def interaction(self, counts: Counts) -> float:
-        """Return what dropped branches cost together beyond the sum of their sensitivities.
-
-        The kernels before several dropped branches in a row take over the work of all of them: the
-        sum is multiplied by the root of their number (docs/research/depth.md has the figures).
-        """
-        more = 0.0
-        for row in self._rows:
-            for is_kept, run in itertools.groupby(row, key=lambda name: counts[BRANCH_OF + name]):
-                errors = [self.sensitivity[name] for name in run]
-                more += 0.0 if is_kept else (math.sqrt(len(errors)) - 1) * math.fsum(errors)
-        return more
-
-    @functools.cached_property
-    def _rows(self) -> list[list[str]]:
-        """Branches that follow one another with nothing between them but ReLUs."""
-        rows: list[list[str]] = []
-        end = None
-        for name, branch in self.branches.items():
-            before = (branch.shortcut, *branch.shortcut.all_input_nodes)
-            if end is not None and end in before:
-                rows[-1].append(name)
-            else:
-                rows.append([name])
-            end = branch.sum
-        return rows
 
     @property
     def steps(self) -> dict[str, Sequence[int]]:

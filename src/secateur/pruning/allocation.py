@@ -41,8 +41,6 @@ class SearchSpace:
     convolution that becomes two costs as much as before, at first."""
     inside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By group: others whose channels, and what their loss cost, are gone when it is at 0."""
-    interaction: Callable[[Counts], float] = lambda _: 0.0
-    """What such groups at 0 cost together beyond the sum of their sensitivities."""
 
     @property
     def whole(self) -> Counts:
@@ -136,7 +134,7 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
             count = below[max(0, place - 1)]
             left = after(count)
         loss = hulls[name](count) - hulls[name](counts[name])
-        loss += _interaction(space, hulls, counts, name, count)
+        loss -= _lost_inside(space, hulls, counts, name)
         gain = now - left
         return _Step(loss / gain if gain > least else math.inf, loss, name, count, left)
 
@@ -167,7 +165,7 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     for name, count in counts.items():
         upper = min(bisect.bisect_right(space.steps[name], count), len(space.steps[name]) - 1)
         gains[name] = hulls[name](count) - hulls[name](space.steps[name][upper])
-        gains[name] -= _interaction(space, hulls, counts, name, space.steps[name][upper])
+        gains[name] -= _lost_inside(space, hulls, counts, name)
     names = sorted(counts, key=lambda name: -gains[name])
     filled = _filled_up(space, counts, names)
     while space.inside and filled != counts:  # the last step may have been a large one
@@ -175,19 +173,11 @@ def lowest_sensitivity(space: SearchSpace, sensitivity: Mapping[str, Sequence[fl
     return filled
 
 
-def _interaction(
-    space: SearchSpace,
-    hulls: Mapping[str, Callable[[int], float]],
-    counts: Counts,
-    name: str,
-    count: int,
+def _lost_inside(
+    space: SearchSpace, hulls: Mapping[str, Callable[[int], float]], counts: Counts, name: str
 ) -> float:
-    """Return what the loss changes by, beyond the group's own, when a group comes to a count."""
-    if name not in space.inside or count == counts[name]:
-        return 0.0
-    lost_inside = math.fsum(hulls[inner](counts[inner]) for inner in space.inside[name])
-    together = space.interaction({**counts, name: count}) - space.interaction(counts)
-    return together + (lost_inside if count else -lost_inside)
+    """Return what the groups inside of a group have lost."""
+    return math.fsum(hulls[inner](counts[inner]) for inner in space.inside.get(name, ()))
 
 
 def lowest_scores(space: SearchSpace, scores: Mapping[str, Sequence[float]]) -> Counts:

@@ -252,7 +252,6 @@ def make_space(
             limit,
             jumping=frozenset(ranks),
             inside=actions.inside(dependencies),
-            interaction=actions.branches.interaction,
         )
 
     space = with_ranks(RANK_FLOOR * target.fraction_left)
