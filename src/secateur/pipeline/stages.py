@@ -23,6 +23,7 @@ from secateur.models.score import Score
 from secateur.models.state_dict import load_state
 from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.plan_trials import best_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
@@ -301,7 +302,18 @@ def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
     fraction_left = budget.fraction_left ** (1 / this.config.plan.rounds)  # the same every round
     budget = replace(budget, fraction_left=fraction_left)
     if budget.quantity != "latency" or fraction_left == 1:
-        return plan_inputs.plan(budget), ()
+        plan, plan_trials = best_plan(
+            this.network,
+            plan_inputs,
+            budget,
+            this.context,
+            this.config.refit,
+            seed=this.config.seed,
+            progress=this.run_context.progress,
+        )
+        for trial in plan_trials:
+            this.run_context.log.write("plan_trial", **asdict(trial))
+        return plan, ()
     plan, measured_fraction = plan_in_time(
         this.network,
         this.context.dependencies,
