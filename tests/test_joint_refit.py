@@ -126,11 +126,11 @@ def test_groups_that_lost_little_are_left_as_they_are() -> None:
 
 def test_costly_parts_are_estimated_from_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two kernels take MACs at every position; images come in batches of 64."""
-    model, removed, taken = block(), {"first": (0, 2, 3, 5, 7)}, []
+    model, removed, image_counts = block(), {"first": (0, 2, 3, 5, 7)}, []
 
     class Spy(SegmentProblem):
         def __post_init__(self) -> None:
-            taken.append(self.images)
+            image_counts.append(self.images)
             super().__post_init__()
 
     monkeypatch.setattr(joint, "SegmentProblem", Spy)
@@ -142,7 +142,7 @@ def test_costly_parts_are_estimated_from_fewer_images(monkeypatch: pytest.Monkey
     for enough_for in (1000, 200, 1):
         monkeypatch.setattr(joint, "MACS", enough_for * macs)
         cut_and_refit(model, removed, JOINT)
-    assert taken == [256, 192, 64]
+    assert image_counts == [256, 192, 64]
 
 
 def test_two_linear_layers_come_close_to_the_best_of_their_rank() -> None:
