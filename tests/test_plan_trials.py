@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ from runs import small_config
 from secateur import data
 from secateur.config import Budget, PlanSection
 from secateur.experiments.run import run
+from secateur.graph.factorisation import factorable_layers
+from secateur.graph.residual_branches import residual_branches
 from secateur.models import zoo
 from secateur.models.divergence import divergence_from, outputs_of
 from secateur.pipeline.plan_trials import DEPTH_WEIGHTS, best_plan
 from secateur.pipeline.scoring_context import Baseline, make_baseline
+from secateur.pruning.actions import Actions, BranchChoice, RankChoice
 from secateur.pruning.apply import apply_plan
 
 HALF = Budget("macs", 0.5)
@@ -37,6 +41,26 @@ def test_the_first_layers_lose_more_with_weights_of_depth() -> None:
     assert inputs.dependencies.macs(inputs.plan(HALF, 4.0).removed) <= 0.5 * (
         inputs.dependencies.macs()
     )
+
+
+def test_weights_of_depth_go_for_ranks_and_branches_too() -> None:
+    """Every kernel and every branch costs the same, so that only the weights differ."""
+    model, inputs = zoo.load("resnet20"), baseline_of(1).plan_inputs["vote"]
+    dependencies = inputs.dependencies
+    layers = factorable_layers(model, dependencies)
+    falling = {
+        name: [0.1 * n / layer.whole_rank for n in range(layer.whole_rank + 1)]
+        for name, layer in layers.items()
+    }
+    branches = residual_branches(model, dependencies)
+    actions = Actions(
+        RankChoice(layers, falling), BranchChoice(branches, dict.fromkeys(branches, 0.1))
+    )
+    allocation = replace(inputs.allocation, actions=actions, keeps_channels=True)
+    only_actions = replace(inputs, allocation=allocation)
+    first, last = (only_actions.plan(Budget("macs", 0.8), weight) for weight in (6.0, -6.0))
+    assert {name.partition(".")[0] for name in (*first.ranks, *first.dropped)} == {"layer1"}
+    assert {name.partition(".")[0] for name in (*last.ranks, *last.dropped)} == {"layer3"}
 
 
 def test_the_plan_that_diverges_least_is_carried_out() -> None:
