@@ -50,6 +50,7 @@ from secateur.graph.dependency import RESIDUAL, DependencyGraph
 from secateur.models import zoo
 from secateur.pipeline import inputs
 from secateur.pipeline.inputs import make_reader, resolve_config
+from secateur.pipeline.plan_trials import best_plan
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan, dropped_branches
 from secateur.pruning.plan import PruningPlan
@@ -234,7 +235,14 @@ class Ours:
         seconds = dict(self._seconds)
         dependencies = self.context.dependencies
         with _timed(seconds, "plan"):
-            plan = self._plan_inputs.plan(parse_budget(target))
+            plan, _ = best_plan(
+                self._model,
+                self._plan_inputs,
+                parse_budget(target),
+                self.context,
+                self._config.refit,
+                seed=self._config.seed,
+            )
         with _timed(seconds, "cut"):
             smaller = apply_plan(self._model, dependencies, plan)
         stages = {"cut": copy.deepcopy(smaller), "refit": smaller}

@@ -18,6 +18,8 @@ from secateur.graph.module_state import tensors_of
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.outcome import LayerRefit
 from secateur.pruning.plan import PruningPlan
+from secateur.pruning.refit import joint
+from secateur.pruning.refit.gauss_newton import SegmentProblem
 from secateur.pruning.refit.kernel_uses import uses_by_kernel
 from secateur.pruning.refit.layers import RefitLayer
 from secateur.pruning.refit.layerwise import RefitInputs, refit
@@ -115,11 +117,32 @@ def test_where_nothing_is_missing_nothing_changes() -> None:
 
 def test_groups_that_lost_little_are_left_as_they_are() -> None:
     model = block()
-    little, results = cut_and_refit(model, {"first": (3, 6)}, JOINT)
-    alone, _ = cut_and_refit(model, {"first": (3, 6)}, LAYERWISE)
+    little, results = cut_and_refit(model, {"first": (3,)}, JOINT)
+    alone, _ = cut_and_refit(model, {"first": (3,)}, LAYERWISE)
     assert all(result.joint is None for result in results)
     for name, tensor in little.state_dict().items():
         assert torch.equal(tensor, alone.state_dict()[name]), name
+
+
+def test_costly_parts_are_estimated_from_fewer_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels take MACs at every position; images come in batches of 64."""
+    model, removed, image_counts = block(), {"first": (0, 2, 3, 5, 7)}, []
+
+    class Spy(SegmentProblem):
+        def __post_init__(self) -> None:
+            image_counts.append(self.images)
+            super().__post_init__()
+
+    monkeypatch.setattr(joint, "SegmentProblem", Spy)
+    dependencies = build_dependency_graph(model, random_images(1, seed=0))
+    count = dependencies.count_after(removed)
+    macs = sum(
+        layer.macs(count) for layer in dependencies.layers if layer.name in ("first", "second")
+    )
+    for enough_for in (1000, 200, 1):
+        monkeypatch.setattr(joint, "MACS", enough_for * macs)
+        cut_and_refit(model, removed, JOINT)
+    assert image_counts == [256, 192, 64]
 
 
 def test_two_linear_layers_come_close_to_the_best_of_their_rank() -> None:

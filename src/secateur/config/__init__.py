@@ -6,7 +6,6 @@ module imports no torch, so that help and shell completion are quick.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,7 +13,6 @@ import tomli_w
 from pydantic import (
     BeforeValidator,
     Field,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -23,6 +21,7 @@ from secateur.config.budget import Budget as Budget
 from secateur.config.budget import BudgetLike as BudgetLike
 from secateur.config.budget import Quantity as Quantity
 from secateur.config.budget import parse_budget as parse_budget
+from secateur.config.image_size import ImageSize as ImageSize
 from secateur.config.names import BUILT_IN_NETWORKS as BUILT_IN_NETWORKS
 from secateur.config.names import CONCEPT_SOURCES as CONCEPT_SOURCES
 from secateur.config.names import CRITERIA as CRITERIA
@@ -67,29 +66,6 @@ PREPROCESSING_KEYS = (
     *("mean", "std", "interpolation", "channel_order", "value_range"),
 )
 """Keys of the configuration's section `data` that say how images are prepared for a network."""
-
-
-def parse_image_size(value: object) -> object:
-    """Return a text such as `224`, `256,352` or `256x352` as numbers, other values as they are.
-
-    Two numbers are the height and the width; equal ones are a side. Raises `ValueError`.
-    """
-    if isinstance(value, str):
-        parts = re.split(r"[,x×]", value)
-        if len(parts) > 2 or not all(part.strip().isdecimal() for part in parts):
-            raise ValueError(
-                f"{value!r} is not a size: give a side, as 224, or height and width, as 256,352"
-            )
-        value = [int(part) for part in parts]
-    if isinstance(value, list | tuple) and len(set(value)) == 1:
-        return value[0]
-    return value
-
-
-ImageSize = Annotated[
-    PositiveInt | tuple[PositiveInt, PositiveInt], BeforeValidator(parse_image_size)
-]
-"""Side of a square, or height and width, in pixels."""
 
 
 class ModelSection(Section):
@@ -247,6 +223,10 @@ class PlanSection(Section):
     sensitivity_images: int = Field(default=256, ge=1)
     """Calibration images that the sensitivity of each layer is measured on, at most; large images
     are fewer."""
+    trials: int = Field(default=1, ge=1, le=4)
+    """Plans that are tried, with `allocation = "sensitivity"`: each is cut and refitted on at most
+    500 calibration images, and the one that changes the outputs least on those held out is carried
+    out. The further ones take more of the first layers."""
     shares: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default={})
     """With `allocation = "shares"`: the fraction of filters to keep, by layer name pattern
     (`"layer1.*" = 0.8`); the target's fraction is then ignored."""
@@ -288,6 +268,16 @@ class PlanSection(Section):
                 )
             if self.rounds > 1:
                 raise ValueError(f"the action {action} needs rounds = 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_trials(self) -> PlanSection:
+        is_sized = self.max_drop is not None or self.budget.quantity == "latency"
+        if self.trials > 1 and (self.allocation != "sensitivity" or is_sized):
+            raise ValueError(
+                "trials need allocation = 'sensitivity' and a target of macs, params, filters or "
+                "memory, without max_drop"
+            )
         return self
 
     @model_validator(mode="after")

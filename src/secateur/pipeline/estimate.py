@@ -26,6 +26,7 @@ from secateur.graph.network_graph import Tensors
 from secateur.models.evaluate import LATENCY_ROUNDS
 from secateur.pipeline import work
 from secateur.pipeline.inputs import resolve_config
+from secateur.pipeline.plan_trials import TRIAL_IMAGES
 from secateur.pipeline.result import stage_title
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import (
@@ -294,6 +295,9 @@ class _Run:
             timings += ((TABLE_ROUNDS, 6.0),) + ((INTERLEAVED_ROUNDS, 1 + self._cut),) * (
                 LATENCY_ATTEMPTS // 2
             )
+        if config.plan.trials > 1:
+            share = min(1.0, TRIAL_IMAGES / max(1, images))
+            total += self._refit() * (config.plan.trials * share)
         if config.plan.max_drop is not None:
             validation = len(self._dataset.validation.labels)
             score = Work(passes=validation * self._cut, reads=validation)

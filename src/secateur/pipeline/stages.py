@@ -23,6 +23,7 @@ from secateur.models.score import Score
 from secateur.models.state_dict import load_state
 from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.plan_trials import best_plan
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import FinetuneResult, KeptWeights, StageResult
 from secateur.pipeline.rounds import Round
@@ -291,17 +292,27 @@ def _expected_outputs(
 
 def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
     """Return the plan for this round's part of the budget, or for the size that was found."""
-    plan_inputs, max_drop = this.plan_inputs, this.config.plan.max_drop
-    budget = this.config.plan.budget
-    if max_drop is not None:
-        size_trials = _search_size(this, budget, max_drop)
+    plan_inputs, settings, budget = this.plan_inputs, this.config.plan, this.config.plan.budget
+    fraction_left = budget.fraction_left ** (1 / settings.rounds)  # the same every round
+    if settings.max_drop is None and (budget.quantity != "latency" or fraction_left == 1):
+        plan, plan_trials = best_plan(
+            this.network,
+            plan_inputs,
+            replace(budget, fraction_left=fraction_left),
+            this.context,
+            this.config.refit,
+            seed=this.config.seed,
+            progress=this.run_context.progress,
+        )
+        for trial in plan_trials:
+            this.run_context.log.write("plan_trial", **asdict(trial))
+        return plan, ()
+    if settings.max_drop is not None:
+        size_trials = _search_size(this, budget, settings.max_drop)
         return plan_inputs.plan(
             replace(budget, fraction_left=smallest_kept(size_trials))
         ), size_trials
-    fraction_left = budget.fraction_left ** (1 / this.config.plan.rounds)  # the same every round
     budget = replace(budget, fraction_left=fraction_left)
-    if budget.quantity != "latency" or fraction_left == 1:
-        return plan_inputs.plan(budget), ()
     plan, measured_fraction = plan_in_time(
         this.network,
         this.context.dependencies,

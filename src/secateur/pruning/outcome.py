@@ -22,6 +22,16 @@ class SizeTrial:
 
 
 @dataclass(frozen=True)
+class PlanTrial:
+    """One of several plans for the same budget, and what it came to."""
+
+    depth_weight: float
+    """How the plan weighs layers by depth (`PlanInputs.plan`)."""
+    divergence: float
+    """Mean divergence of the refitted network's outputs from the original's on held-out images."""
+
+
+@dataclass(frozen=True)
 class JointRefit:
     """What estimating the kernels around a group together achieved, on held-out images.
 

@@ -6,10 +6,11 @@ They are measured once. After that, a plan for any budget takes moments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.fx.node import Node
 
 from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
@@ -46,18 +47,57 @@ class PlanInputs:
     """Scores that decide between equal ones."""
     latency: LatencyTable | None
 
-    def plan(self, budget: Budget) -> PruningPlan:
-        """Return the plan for a budget; raises the errors of `make_plan`."""
+    def plan(self, budget: Budget, depth_weight: float = 0.0) -> PruningPlan:
+        """Return the plan for a budget; raises the errors of `make_plan`.
+
+        The sensitivities of the last layer count `exp(depth_weight)` times as much as those of the
+        first, and others in between, by their place in the order of execution.
+        """
         return make_plan(
             self.scores.scores,
             self.dependencies,
             budget,
             self.scores.criterion,
-            allocation=self.allocation,
+            allocation=self._weighted(depth_weight),
             ties=self.ties,
             round_to=self.settings.round_to,
             min_filters=self.settings.min_filters,
             latency=self.latency,
+        )
+
+    def _weighted(self, depth_weight: float) -> Allocation:
+        """Return the allocation with sensitivities weighted by depth; see `plan`."""
+        allocation = self.allocation
+        if not depth_weight or allocation.sensitivity is None:
+            return allocation
+        layers, groups = self.dependencies.layers, self.dependencies.groups
+        weight_of = {
+            layer.node: math.exp(depth_weight * number / max(1, len(layers) - 1))
+            for number, layer in enumerate(layers)
+        }
+
+        def weighted(curve: Sequence[float], nodes: Iterable[Node]) -> list[float]:
+            weight = max((weight_of[node] for node in nodes if node in weight_of), default=1.0)
+            return [weight * error for error in curve]
+
+        ranks, branches = allocation.actions.ranks, allocation.actions.branches
+        of_ranks = {
+            name: weighted(curve, [ranks.layers[name].layer.node])
+            for name, curve in ranks.sensitivity.items()
+        }
+        of_branches = {
+            name: weighted([error], branches.branches[name].nodes)[0]
+            for name, error in branches.sensitivity.items()
+        }
+        return replace(
+            allocation,
+            sensitivity={
+                name: weighted(curve, [groups[name].layers[0].node])
+                for name, curve in allocation.sensitivity.items()
+            },
+            actions=Actions(
+                replace(ranks, sensitivity=of_ranks), replace(branches, sensitivity=of_branches)
+            ),
         )
 
     def least(self, target: Budget) -> float:

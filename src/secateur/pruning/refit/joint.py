@@ -22,7 +22,6 @@ error on the images that are held out is not taken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from secateur.graph.channel_ids import Layer
@@ -38,8 +37,9 @@ from secateur.scoring.batching import images_at_a_time
 
 POSITIONS = 2**18
 """Positions that a group is estimated from, of as many images as have them…"""
-PIXELS = 2**20
-"""…and as many pixels, since each step is two passes through that part of the network…"""
+MACS = 2**32
+"""…and that so many multiply-accumulates suffice for, since each step is two passes through that
+part of the network…"""
 FEWEST_IMAGES, MOST_IMAGES = 16, 256
 """…but of so many images, rounded to whole batches."""
 
@@ -71,7 +71,8 @@ class JointRefitter:
             if not any(kernel.layer.layer.name in ranks for kernel in segment.kernels)
         ]
         shape = kept.dependencies.graph.image.meta["val"].shape
-        self._sides = [int(side) for side in shape[2:]]
+        self._batch_size = images_at_a_time(*(int(side) for side in shape[2:]))
+        self._count = kept.dependencies.count_after(removed)
         self._begun: list[Segment] = []
         """Not yet at their end, in the order of execution."""
 
@@ -120,8 +121,7 @@ class JointRefitter:
 
     def _images_for(self, segment: Segment) -> int:
         """Return how many images a segment is estimated from: whole batches."""
-        pixels = max(1, math.prod(self._sides))
-        fitting = min(-(-POSITIONS // segment.positions), PIXELS // pixels)
+        macs = max(1, sum(kernel.layer.layer.macs(self._count) for kernel in segment.kernels))
+        fitting = min(-(-POSITIONS // segment.positions), MACS // macs)
         wanted = min(MOST_IMAGES, max(FEWEST_IMAGES, fitting))
-        at_a_time = images_at_a_time(*self._sides)
-        return max(1, wanted // at_a_time) * at_a_time
+        return max(1, wanted // self._batch_size) * self._batch_size

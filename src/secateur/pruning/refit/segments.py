@@ -23,7 +23,7 @@ from secateur.pruning.refit.regression_targets import OffsetPlace
 from secateur.pruning.refit.rows import from_patch_order
 from secateur.pruning.refit.target_layers import TargetLayer, offset_place, target_layer
 
-LEAST_REMOVED = 0.3
+LEAST_REMOVED = 0.2
 """Fraction of its channels that a group has lost, at least: others have little to gain."""
 
 
