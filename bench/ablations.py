@@ -14,7 +14,12 @@ from rows import ROOT
 CONFIGS = ROOT / "configs"
 RESULTS = {
     CONFIGS / f"{name}_cifar10.toml": ROOT / "results" / f"{name}.jsonl"
-    for name in ("ablations", "ablations_iou", "ablations_response")
+    for name in (
+        "ablations",
+        "ablations_strong_cuts",
+        "ablations_iou",
+        "ablations_response",
+    )
 }
 """Result files by benchmark."""
 
