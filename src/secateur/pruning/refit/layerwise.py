@@ -195,10 +195,9 @@ def _interpreters(
 ) -> tuple[GraphInterpreter, GraphInterpreter]:
     """Return the original and the cut network at the beginning of a pass."""
     graph, shown = kept.dependencies.graph, images.clone()  # not the memory of a larger batch
-    return (
-        GraphInterpreter(graph, full_state, shown, cached_outputs=outputs),
-        GraphInterpreter(graph, state, shown, kept.sizes, dropped=kept.dropped),
-    )
+    full = GraphInterpreter(graph, full_state, shown, cached_outputs=outputs)
+    shown = full.value(graph.image)  # one copy in another order of memory serves both
+    return full, GraphInterpreter(graph, state, shown, kept.sizes, dropped=kept.dropped)
 
 
 def _advance(interpreters: Iterable[GraphInterpreter], first: Node | None) -> None:
