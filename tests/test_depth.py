@@ -283,8 +283,19 @@ def test_a_forward_that_needs_its_modules_keeps_its_branch() -> None:
     ]
     result = secateur.prune(network, random_images(40, 8), target=0.5, settings=DEPTH)
     assert set(result.plan.dropped) <= {"blocks.0", "blocks.2"}
-    with pytest.raises(TargetError, match="out of reach"):
+    with pytest.raises(
+        TargetError, match=r"with 2 residual branches dropped \(add channels to the"
+    ):
         secateur.prune(network, random_images(40, 8), target=0.1, settings=DEPTH)
+    nothing = {**DEPTH, "plan.exclude": ["*"]}
+    with pytest.raises(
+        TargetError, match=r"1\.000 of the macs remain, with no convolution to split"
+    ):
+        secateur.prune(network, random_images(40, 8), target=0.5, settings=nothing)
+    everything = {"plan.actions": ["channels", "rank", "depth"]}
+    text = "2 prunable groups, the lowest rank of 7 convolutions, 2 residual branches dropped"
+    with pytest.raises(TargetError, match=text):
+        secateur.prune(network, random_images(40, 8), target=0.0001, settings=everything)
 
 
 def test_the_layer_before_takes_over_what_the_branch_did() -> None:
@@ -570,6 +581,40 @@ def test_sums_before_a_dropped_branch_are_no_targets_of_distillation() -> None:
     modules = [total.module for total in sums]
     assert "layer2.0" not in modules
     assert {"layer1.1", "layer2.1", "layer3.0"} <= set(modules)
+
+
+class Inner(nn.Module):
+    """A sum of two convolutions, deep inside of a branch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total: Tensor = self.one(x) + self.other(x)
+        return total
+
+
+class Outer(nn.Module):
+    """A block whose branch, a module, holds a module with a sum of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Sequential(Inner(), nn.ReLU()), nn.Conv2d(8, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.body(x)).relu()
+
+
+def test_sums_inside_a_dropped_branch_are_no_targets_of_distillation() -> None:
+    network = seeded(Sequence(Outer(), Outer()))
+    dependencies, branches = branches_of(network)
+    modules = [total.module for total in residual_sums(dependencies, {}, [branches["blocks.1"]])]
+    assert modules == ["blocks.0.body.0.0", "blocks.1"]
+    settings = {"plan.actions": ["depth"], "distill.epochs": 1}
+    result = secateur.prune(network, random_images(30, 8), target=0.6, settings=settings)
+    assert len(result.plan.dropped) == 1
+    assert "distilled" in result.scores
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def make_plan(  # public: one keyword for each thing that a user may set
         # Rounded up, so that the plan does not exceed its own budget.
         target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
         return PruningPlan(ranking.removed(counts), target, criterion, architecture)
-    _check_reach(space, dependencies, target)
+    _check_reach(space, dependencies, target, allocation)
     if allocation.rule == "uniform":
         counts = equal_fractions(space)
     elif allocation.rule == "global":
@@ -258,11 +258,31 @@ def make_space(
     return space if space.fits(space.least) else with_ranks(0)
 
 
-def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budget) -> None:
+def _check_reach(
+    space: SearchSpace, dependencies: DependencyGraph, target: Budget, allocation: Allocation
+) -> None:
     """Raise `TargetError` if even the smallest allowed network exceeds the budget."""
     if space.fits(space.least):
         return
     least = space.measure(space.least) / space.measure(space.whole)
+    actions = allocation.actions
+    smallest = []
+    if not allocation.keeps_channels:
+        smallest.append(f"the fewest filters in each of {len(dependencies.groups)} prunable groups")
+    if actions.ranks.layers:
+        smallest.append(f"the lowest rank of {len(actions.ranks.layers)} convolutions")
+    if actions.branches.branches:
+        smallest.append(f"{len(actions.branches.branches)} residual branches dropped")
+    text = ", ".join(smallest) or "no convolution to split and no residual branch to drop"
+    hint = "add channels to the actions to remove filters as well"
+    raise TargetError(
+        f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
+        f"with {text} ({hint if allocation.keeps_channels else _frozen_hint(dependencies)})"
+    )
+
+
+def _frozen_hint(dependencies: DependencyGraph) -> str:
+    """Return how many filters are frozen, and what might free them."""
     frozen = sum(group.size for group in dependencies.frozen)
     residual = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
     hint = f"; prune_residual would free {residual} of them" if residual else ""
@@ -273,11 +293,7 @@ def _check_reach(space: SearchSpace, dependencies: DependencyGraph, target: Budg
     if reasons:
         reason, size = reasons.most_common(1)[0]
         hint = f", {size} of them because: {reason}{hint}"
-    raise TargetError(
-        f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
-        f"with the fewest filters in each of {len(space.steps)} prunable groups "
-        f"({frozen} filters are frozen{hint}; `secateur inspect` lists the reasons)"
-    )
+    return f"{frozen} filters are frozen{hint}; `secateur inspect` lists the reasons"
 
 
 def _steps(

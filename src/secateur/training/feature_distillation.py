@@ -33,10 +33,11 @@ def residual_sums(
     """Return the modules that add two feature maps, with the channels that `removed` keeps.
 
     A module with several sums counts with its last one. Sums in the network's own forward, outside
-    of any module, have no module name and are left out. So are those before a dropped branch, whose
-    work the layers before the sum have taken over.
+    of any module, have no module name and are left out. So are those inside a dropped branch, and
+    those before it: the layers before have taken over the branch's work.
     """
     shortcuts = {branch.shortcut for branch in dropped}
+    gone = {node for branch in dropped for node in branch.nodes}
     is_kept = dependencies.kept_ids(dependencies.kept_channels(removed))
     sums: dict[str, ResidualSum] = {}
     for node in dependencies.graph.nodes:
@@ -45,7 +46,7 @@ def residual_sums(
         summands = [summand for summand in node.args[:2] if summand in dependencies.axes]
         shapes = {tuple(value.meta["val"].shape) for value in (node, *summands)}  # type: ignore[union-attr]
         ids = dependencies.axes[node][1] if len(dependencies.axes[node]) == SPATIAL else None
-        if not shortcuts.isdisjoint((node, *node.users)):
+        if node in gone or not shortcuts.isdisjoint((node, *node.users)):
             continue
         stack = list(node.meta.get("nn_module_stack", {}).values())
         if len(summands) == 2 and len(shapes) == 1 and ids is not None and stack and stack[-1]:
