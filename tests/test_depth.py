@@ -603,7 +603,8 @@ class Outer(nn.Module):
         self.body = nn.Sequential(nn.Sequential(Inner(), nn.ReLU()), nn.Conv2d(8, 8, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.body(x)).relu()
+        total: Tensor = x + self.body(x)
+        return total.relu()
 
 
 def test_sums_inside_a_dropped_branch_are_no_targets_of_distillation() -> None:
