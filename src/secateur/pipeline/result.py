@@ -179,9 +179,9 @@ class RunResult(Record):
         filters = sum(group.filters for group in self.groups)
         texts = [f"{removed} of {filters} prunable filters removed"]
         if self.splits:
-            texts.append(f"{len(self.splits)} convolutions split in two")
+            texts.append(f"{_number_of(len(self.splits), 'convolution', 's')} split in two")
         if self.dropped:
-            texts.append(f"{len(self.dropped)} residual branches dropped")
+            texts.append(f"{_number_of(len(self.dropped), 'residual branch', 'es')} dropped")
         return ", ".join(texts)
 
     @property
@@ -343,3 +343,7 @@ def check_same(
                 f"{place} was made with {key} = {earlier.get(key)}, not {asked.get(key)}: resume "
                 "it with that configuration, or choose another folder"
             )
+
+
+def _number_of(count: int, noun: str, ending: str) -> str:
+    return f"{count} {noun}{ending if count > 1 else ''}"

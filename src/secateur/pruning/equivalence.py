@@ -72,7 +72,7 @@ def check_equivalence(
         for name, rank in plan.ranks.items()
     ]
     parts += [
-        (f"dropping the branch of {name}", f"{name}.*", replace(nothing, dropped=(name,)))
+        (f"dropping the branch of {name}", f"{name}*", replace(nothing, dropped=(name,)))
         for name in plan.dropped
     ]
     for what, name, part in parts:

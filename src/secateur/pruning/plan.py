@@ -270,9 +270,9 @@ def _check_reach(
     if not allocation.keeps_channels:
         smallest.append(f"the fewest filters in each of {len(dependencies.groups)} prunable groups")
     if actions.ranks.layers:
-        smallest.append(f"the lowest rank of {len(actions.ranks.layers)} convolutions")
+        smallest.append(f"the lowest rank of all convolutions ({len(actions.ranks.layers)})")
     if actions.branches.branches:
-        smallest.append(f"{len(actions.branches.branches)} residual branches dropped")
+        smallest.append(f"all residual branches dropped ({len(actions.branches.branches)})")
     text = ", ".join(smallest) or "no convolution to split and no residual branch to drop"
     hint = "add channels to the actions to remove filters as well"
     raise TargetError(
