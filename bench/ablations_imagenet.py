@@ -85,8 +85,8 @@ def table(rows: Sequence[Measurement]) -> str:
         sets = len({row["seed"] for row in rows})
         lines += [
             "",
-            f"MobileNetV2 with {TARGET.removeprefix('macs=')} of its MACs, in %, means of "
-            f"{sets} calibration sets of {rows[0]['calibration_images']} images; before: top-1 "
+            f"MobileNetV2 with {TARGET.removeprefix('macs=')} of its MACs, in %, with "
+            f"{rows[0]['calibration_images']} images (calibration sets: {sets}); before: top-1 "
             f"{100 * rows[0]['base_fraction']:.2f}. Changes are in points, on the same "
             "calibration sets.",
         ]

@@ -102,6 +102,28 @@ def test_the_readers_error_on_new_images_falls() -> None:
         assert torch.equal(together.state_dict()[name], alone.state_dict()[name]), name
 
 
+class TwoConsumers(Block):
+    """Two convolutions read the group, and their outputs are added, as in RepVGG."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Conv2d(8, 4, 1)
+
+    def block(self, images: Tensor) -> Tensor:
+        hidden = F.relu(self.norm(self.first(F.relu(self.stem(images)))))
+        return F.relu(self.second(hidden) + self.third(hidden))
+
+
+def test_consumers_that_go_into_one_sum_are_estimated_together() -> None:
+    torch.manual_seed(0)
+    model, removed = TwoConsumers(), {"first": (0, 2, 3, 5, 7)}
+    randomise_norms(model, torch.Generator().manual_seed(1))
+    alone, _ = cut_and_refit(model.eval(), removed, LAYERWISE)
+    together, results = cut_and_refit(model, removed, JOINT)
+    assert any(result.joint is not None for result in results)
+    assert error_of(model, together) < error_of(model, alone)
+
+
 def test_where_nothing_is_missing_nothing_changes() -> None:
     """The removed channels are copies of others: the error is zero before."""
     model, removed = block(), {"first": (4, 5, 6, 7)}

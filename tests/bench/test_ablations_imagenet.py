@@ -27,7 +27,7 @@ def test_changes_are_of_the_same_calibration_sets() -> None:
     assert "| equal shares | 59.00 | -5.00 | 90.00 | +0.00 |" in text
     assert "| l1 in place of the vote | 50.00 |  | 90.00 |  |" in text
     assert "random" not in text
-    assert "means of 3 calibration sets of 300 images; before: top-1 70.00." in text
+    assert "with 300 images (calibration sets: 3); before: top-1 70.00." in text
 
 
 def test_the_page_is_that_of_the_result_file() -> None:

@@ -118,13 +118,13 @@ class SegmentProblem:
 
     def _wanted(self, batch: CachedBatch) -> list[Tensor]:
         """Return what the targets are in the original network, of a batch's images that count."""
-        nodes = {target.goal: target for target in self.segment.targets}
+        goals = [target.goal for target in self.segment.targets]  # one sum may be that of several
         values: dict[Node, Tensor] = {}
         full = batch.starts[self.segment.group][0].copy()
-        full.advance(self.segment.behind_goals, after={node: catch(values, node) for node in nodes})
+        full.advance(self.segment.behind_goals, after={node: catch(values, node) for node in goals})
         return [
             _of_images(batch, target, self.kept.select(node, values[node]))
-            for node, target in nodes.items()
+            for node, target in zip(goals, self.segment.targets, strict=True)
         ]
 
     def _start(self) -> Direction:
