@@ -1,6 +1,7 @@
 """VGG-16 on birds: train a base, prune it without training, then fine-tune it.
 
-    python bench/birds.py --data DIR --weights DIR [--seeds 3]
+    python bench/birds.py --data DIR --weights DIR [--seeds 3] [--epochs 20]
+        [--learning-rates 0.001 0.004]
 
 `--data` is the folder of CUB-200 in the layout of its 2011 edition (here 3,400 images of the 2010
 edition), `--weights` that of `vgg16_features_fp16.safetensors` and of the head,
@@ -8,7 +9,8 @@ edition), `--weights` that of `vgg16_features_fp16.safetensors` and of the head,
 for each learning rate; the validation images choose one. Then `secateur prune` cuts it, refits it
 and fine-tunes it, once for each seed, all at a time. Each run adds a line to `results/birds.jsonl`
 when it ends. Run folders are in `runs/birds`: finished ones are not made again, and an interrupted
-run resumes from its own. The table is in docs/research/training.md. It takes hours without a GPU.
+run resumes from its own. The table is in docs/research/training.md. It takes hours without a GPU;
+fewer epochs, of the base and of the fine-tuning alike, are a run of their own.
 """
 
 from __future__ import annotations
@@ -33,11 +35,10 @@ RESULTS = ROOT / "results" / "birds.jsonl"
 PAGE = ROOT / "docs" / "research" / "training.md"
 WORK = ROOT / "runs" / "birds"
 NETWORK = f"{ROOT / 'bench' / 'birds_network.py'}:vgg16_birds"
-KEY = ("target", "seed")
+KEY = ("target", "seed", "settings.epochs")
 TARGET = "macs=0.48"
 """The strongest published figure is for 52 % fewer FLOPs."""
 LEARNING_RATES = (0.001, 0.004)
-EPOCHS = 20
 FINETUNED_LEARNING_RATE = 0.004
 CALIBRATION_IMAGES = 1000
 PREPROCESSING = (
@@ -54,18 +55,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="the folder of CUB-200")
     parser.add_argument("--weights", type=Path, help="the folder of the two weight files")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=20, help="of the base and of fine-tuning")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=LEARNING_RATES)
     arguments = parser.parse_args()
+    epochs = arguments.epochs
     if arguments.data is not None and arguments.weights is not None:
-        base = make_base(arguments.data, arguments.weights)
+        base = make_base(arguments.data, arguments.weights, epochs, arguments.learning_rates)
         known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
-        seeds = [seed for seed in range(arguments.seeds) if (TARGET, seed) not in known]
-        do_together(partial(prune, arguments.data, base, seed) for seed in seeds)
+        seeds = [seed for seed in range(arguments.seeds) if (TARGET, seed, epochs) not in known]
+        do_together(partial(prune, arguments.data, base, seed, epochs) for seed in seeds)
     PAGE.write_text(
         with_table(PAGE.read_text(), "results/birds.jsonl", table(read_measurements(RESULTS, KEY)))
     )
 
 
-def make_base(data: Path, weights: Path) -> Path:
+def make_base(data: Path, weights: Path, epochs: int, learning_rates: Sequence[float]) -> Path:
     """Return the folder of the base whose last epoch was best on the validation images."""
     start = WORK / "start.safetensors"
     WORK.mkdir(parents=True, exist_ok=True)
@@ -73,13 +77,13 @@ def make_base(data: Path, weights: Path) -> Path:
         tensors = load_file(weights / "vgg16_features_fp16.safetensors")
         tensors |= load_file(weights / "cub200_2010_classifier_fp16.safetensors")
         save_file({name: tensor.float() for name, tensor in tensors.items()}, start)
-    folders = {rate: WORK / f"base-{rate}" for rate in LEARNING_RATES}
+    folders = {rate: WORK / f"base-{epochs}-{rate}" for rate in learning_rates}
     do_together(
         partial(
             run_secateur,
             [
                 *("train", "-m", NETWORK, "-w", str(start), "-d", f"cub:{data}", *PREPROCESSING),
-                *("--epochs", str(EPOCHS), "--learning-rate", str(rate), "-o", str(folder)),
+                *("--epochs", str(epochs), "--learning-rate", str(rate), "-o", str(folder)),
                 *("--set", "train.batch_size=32", "--set", "train.crop=random_crop", "--resume"),
             ],
         )
@@ -94,14 +98,14 @@ def make_base(data: Path, weights: Path) -> Path:
     return max(folders.values(), key=validation)
 
 
-def prune(data: Path, base: Path, seed: int) -> None:
+def prune(data: Path, base: Path, seed: int, epochs: int) -> None:
     """Prune and fine-tune the base with a seed, and record what that gave."""
-    folder = WORK / f"pruned-{seed}"
+    folder = WORK / f"pruned-{epochs}-{seed}"
     run_secateur(
         [
             *("prune", "-m", NETWORK, "-w", str(base / "model.safetensors"), "-d", f"cub:{data}"),
             *(*PREPROCESSING, "-t", TARGET, "--seed", str(seed), "-o", str(folder), "--resume"),
-            *("--epochs", str(EPOCHS), "--learning-rate", str(FINETUNED_LEARNING_RATE)),
+            *("--epochs", str(epochs), "--learning-rate", str(FINETUNED_LEARNING_RATE)),
             *("--set", "finetune.batch_size=32", "--set", "finetune.crop=random_crop"),
             *("--set", f"data.calibration_images={CALIBRATION_IMAGES}"),
             *("--set", "report.images=0"),
@@ -137,7 +141,7 @@ def measurement_of(folder: Path, base: Path, seed: int) -> Measurement:
         "test_fraction": {stage: score["metric"] for stage, score in scores.items()},
         "macs_left": after["macs"] / before["macs"],
         "parameters_left": after["parameters"] / before["parameters"],
-        "base_learning_rate": float(base.name.removeprefix("base-")),
+        "base_learning_rate": float(base.name.rpartition("-")[2]),
         "settings": result["config"]["finetune"],
         "seconds": {stage["stage"]: round(stage["seconds"], 1) for stage in result["stages"]},
         "command": "python bench/birds.py --data DIR --weights DIR",
@@ -150,14 +154,15 @@ def measurement_of(folder: Path, base: Path, seed: int) -> Measurement:
 def table(measurements: list[Measurement]) -> str:
     """Return top-1 on the test images by stage and seed."""
     lines = [
-        "| MACs left | seed | base | cut | refit | fine-tuned | points lost |",
-        "|---|---|---|---|---|---|---|",
+        "| MACs left | epochs | seed | base | cut | refit | fine-tuned | points lost |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for measurement in sorted(measurements, key=lambda measurement: key_of(measurement, KEY)):
         fractions = measurement["test_fraction"]
         stages = ("before", "cut", "refit", "finetuned")
         texts = [
             f"{measurement['macs_left']:.3f}",
+            str(measurement["settings"]["epochs"]),
             str(measurement["seed"]),
             *(f"{100 * fractions[stage]:.1f}" for stage in stages),
             f"{100 * (fractions['before'] - fractions['finetuned']):.1f}",
