@@ -36,7 +36,8 @@ from rows import (
     run_child,
     surroundings,
 )
-from secateur.experiments.onnx_export import export_onnx, onnx_runner
+from secateur.engines.onnxruntime import onnx_runner
+from secateur.experiments.onnx_export import export_onnx
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.interpreter import GraphInterpreter
 from secateur.graph.module_state import tensors_of

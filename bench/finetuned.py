@@ -34,7 +34,7 @@ from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.pipeline.inputs import load_inputs, make_reader, preprocessing_of, resolve_config
 from secateur.pipeline.scoring_context import make_scoring_context
-from secateur.pruning.cost.latency_profiler import measure_fraction_left
+from secateur.pruning.cost.latency_profiler import Stopwatch
 from secateur.runtime.environment import environment
 from secateur.training.checkpoint import Checkpoints
 from secateur.training.trainer import train
@@ -59,7 +59,7 @@ def measure_peer(job: Job) -> Row:
     start = time.perf_counter()
     smaller = cut_to(model, image, settings, parse_budget(job.target).fraction_left).model
     cut_seconds = time.perf_counter() - start
-    latency_left = measure_fraction_left(model, smaller, context.example)
+    latency_left = Stopwatch(model, context.example).fraction_left(smaller)
 
     def score(network: nn.Module) -> Score:
         return evaluate(network, make_reader(config).read_shard(dataset.test))

@@ -46,7 +46,8 @@ from rows import (
     versions,
 )
 from secateur.config import Budget
-from secateur.experiments.onnx_export import export_onnx, onnx_runner
+from secateur.engines.onnxruntime import onnx_runner
+from secateur.experiments.onnx_export import export_onnx
 from secateur.graph.build import build_dependency_graph
 from secateur.models.divergence import relative_error
 from secateur.models.evaluate import count_macs

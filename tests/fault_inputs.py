@@ -209,7 +209,9 @@ def _read_benchmark(folder: Path) -> object:
 
 def _latency() -> str:
     times = LayerTimes(layer="conv1", read=(1, 3), produced=(4, 8), ms=((0.1, 0.2), (0.3, 0.5)))
-    place = Hardware(processor="any", threads=1, device="cpu", dtype="float32", torch="2")
+    place = Hardware(
+        processor="any", threads=1, device="cpu", dtype="float32", engine="pytorch", version="2"
+    )
     return LatencyTable(
         hardware=place,
         batch=16,

@@ -509,7 +509,14 @@ def table_of(dependencies: DependencyGraph) -> LatencyTable:
     """A table in which a layer takes a millisecond for each million of MACs, whatever its width."""
     whole = dependencies.count_after({})
     return LatencyTable(
-        hardware=Hardware(processor="none", threads=1, device="cpu", dtype="float32", torch="2"),
+        hardware=Hardware(
+            processor="none",
+            threads=1,
+            device="cpu",
+            dtype="float32",
+            engine="pytorch",
+            version="2",
+        ),
         batch=1,
         block=1,
         layers=tuple(

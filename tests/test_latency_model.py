@@ -24,7 +24,9 @@ from secateur.pruning.cost.quantities import Measure
 from secateur.pruning.plan import make_plan
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 
-HARDWARE = Hardware(processor="avx", threads=2, device="cpu", dtype="float32", torch="2")
+HARDWARE = Hardware(
+    processor="avx", threads=2, device="cpu", dtype="float32", engine="pytorch", version="2"
+)
 
 
 def bilinear(read: float, produced: float) -> float:

@@ -83,7 +83,7 @@ def test_two_networks_are_timed_interleaved(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(profiler, "INTERLEAVED_ROUNDS", Rounds(9, 9))
     model, smaller = Chain(), Chain().train()
     # Each pass takes twice the time of the one before it: so does the second network, and no more.
-    assert profiler.measure_fraction_left(model.eval(), smaller, random_images(2)) == 2
+    assert profiler.Stopwatch(model.eval(), random_images(2)).fraction_left(smaller) == 2
     assert smaller.training
     assert not model.training
 
@@ -96,7 +96,7 @@ def test_networks_are_timed_with_the_same_fraction_in_every_group(name: str) -> 
         make_plan(scores, dependencies, Budget("filters", fraction), "uniform").removed
         for fraction in profiler.FRACTIONS
     ]
-    cuts = profiler._uniform_cuts(dependencies)
+    cuts = profiler._uniform_cuts(dependencies, grid=1)
     assert cuts[0] == {}
     assert all(removed in cuts for removed in plans)
     assert all(removed in plans for removed in cuts[1:])

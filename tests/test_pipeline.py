@@ -28,6 +28,7 @@ from secateur.pipeline.inputs import preprocessing_of
 from secateur.pipeline.pruned import Pruned
 from secateur.pipeline.result import RunResult, latency_notice
 from secateur.pruning.cost.latency_model import LatencyTable
+from secateur.pruning.cost.latency_profiler import Stopwatch
 from secateur.runtime.errors import DataError, SecateurError, UnknownName, UsageError
 
 
@@ -110,21 +111,17 @@ def test_a_cut_network_is_timed_beside_the_first_one(
     config = small_config(model_file, plan=plan, finetune={"epochs": 1})
     model, fractions = zoo.load(config.model.name, num_classes=10), iter((0.5, 0.25))
 
-    def measured(
-        whole: nn.Module,
-        smaller: nn.Module,
-        images: torch.Tensor,
-        *,
-        size: int,
-        is_only_shown: bool,
-    ) -> float:
-        assert whole is model
-        assert size == 16
-        assert is_only_shown
-        assert smaller is not model
-        return next(fractions)
+    class Measured(Stopwatch):
+        def __init__(self, whole: nn.Module, *_: object, size: int, is_only_shown: bool) -> None:
+            assert whole is model
+            assert size == 16
+            assert is_only_shown
 
-    monkeypatch.setattr(stages, "measure_fraction_left", measured)
+        def fraction_left(self, smaller: nn.Module) -> float:
+            assert smaller is not model
+            return next(fractions)
+
+    monkeypatch.setattr(stages, "Stopwatch", Measured)
     before, *others = pipeline.prune(model, data.load("digits"), config).result.stages
     assert before.score.latency_ms > 0
     shares = {(stage.round, stage.score.latency_ms / before.score.latency_ms) for stage in others}

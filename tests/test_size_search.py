@@ -8,6 +8,7 @@ from networks import Chain, random_images
 from secateur.config import Budget
 from secateur.graph.build import build_dependency_graph
 from secateur.pruning import size_search
+from secateur.pruning.cost.latency_profiler import Stopwatch
 from secateur.pruning.outcome import SizeTrial
 from secateur.pruning.plan import PruningPlan
 from secateur.pruning.size_search import TRIALS, bisect, plan_in_time, smallest_kept
@@ -43,7 +44,7 @@ class Timed:
         self.asked: list[float] = []
         monkeypatch.setattr(size_search, "apply_plan", lambda model, *_: model)
         fraction = lambda *_: measured(self.asked[-1])  # noqa: E731
-        monkeypatch.setattr(size_search, "measure_fraction_left", fraction)
+        monkeypatch.setattr(Stopwatch, "fraction_left", fraction)
 
     def plan(self, fraction: float) -> PruningPlan:
         assert fraction >= LEAST
@@ -54,7 +55,8 @@ class Timed:
 def planned(timed: Timed, fraction: float) -> tuple[PruningPlan, float]:
     model = Chain()
     dependencies = build_dependency_graph(model, random_images(2))
-    return plan_in_time(model, dependencies, timed.plan, fraction, LEAST, random_images(2))
+    stopwatch = Stopwatch(model, random_images(2))
+    return plan_in_time(model, dependencies, timed.plan, fraction, LEAST, stopwatch)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from secateur.config.names import CONCEPT_SOURCES as CONCEPT_SOURCES
 from secateur.config.names import CRITERIA as CRITERIA
 from secateur.config.names import DATA_FORMS as DATA_FORMS
 from secateur.config.names import DATA_READERS as DATA_READERS
+from secateur.config.names import ENGINE_TITLES as ENGINE_TITLES
 from secateur.config.names import LIBRARY_NETWORKS as LIBRARY_NETWORKS
 from secateur.config.names import METRICS as METRICS
 from secateur.config.section import Section as Section
@@ -53,6 +54,7 @@ PadPlace = Literal["centre", "top-left"]
 ChannelOrder = Literal["rgb", "bgr"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 Action = Literal["channels", "rank", "depth"]
+EngineName = Literal["pytorch", "compile", "onnxruntime", "openvino"]
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
 TaskKind = Literal[
@@ -213,6 +215,9 @@ class PlanSection(Section):
     target: Annotated[str, BeforeValidator(lambda target: str(parse_budget(target)))] = "macs=0.5"
     """Budget of the pruned network, as a fraction of the original: macs=F, params=F, filters=F,
     memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
+    engine: EngineName = "pytorch"
+    """What runs the network where latency is measured, and what a target of latency plans for:
+    PyTorch, torch.compile, onnxruntime or OpenVINO."""
     actions: Annotated[tuple[Action, ...], BeforeValidator(_split_names)] = ("channels",)
     """What makes the network smaller, each part by what costs least: `channels` removes filters,
     `rank` replaces convolutions by two thinner ones each, `depth` drops residual branches."""
@@ -241,9 +246,10 @@ class PlanSection(Section):
     """Also prune channels that skip connections couple over a whole stage."""
     exclude: tuple[str, ...] = ()
     """Layers that keep all filters, by name pattern (`layer1.*`)."""
-    round_to: int = Field(default=1, ge=1)
-    """Keep a multiple of this many filters per layer, or all of them; 8 or 16 suits most
-    hardware."""
+    round_to: int | None = Field(default=None, ge=1)
+    """Keep a multiple of this many filters per layer, or all of them. By default 4, which keeps
+    convolutions fast in onnxruntime, or less where the target is out of reach otherwise; 16 is
+    faster still on most hardware."""
     min_filters: int = Field(default=1, ge=1)
     """Smallest number of filters to keep in a layer."""
 

@@ -29,6 +29,13 @@ METRICS = (
     *("PSNR", "SSIM", "R2"),
 )
 """Names of the metrics; `PSNR:255` and `SSIM:255` are those of values up to 255."""
+ENGINE_TITLES = {
+    "pytorch": "PyTorch",
+    "compile": "torch.compile",
+    "onnxruntime": "onnxruntime",
+    "openvino": "OpenVINO",
+}
+"""Names of the engines that latency is measured in, as people write them."""
 LIBRARY_NETWORKS = (
     *("timm:NAME", "ultralytics:yolo11n.yaml", "smp:Unet/resnet34", "transformers:DIR"),
     "yolox:yolox_nano",

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from secateur.experiments.output_structure import Structure, put_together
+from secateur.engines.output_structure import Structure, put_together
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.packed_inputs import Inputs, Passing
 from secateur.runtime.torch_internals import schema_of

@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx.node import Node
 
-from secateur.experiments.flat_network import flat_network, inputs_in, outputs_error, run_flat
-from secateur.experiments.output_structure import Structure, take_apart
+from secateur.engines.flat_network import flat_network, inputs_in, outputs_error, run_flat
+from secateur.engines.output_structure import Structure, take_apart
 from secateur.experiments.program import (
     ARITHMETIC,
     DEVICE,

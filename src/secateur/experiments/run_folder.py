@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.experiments.flat_network import run_flat
+from secateur.engines.flat_network import run_flat
+from secateur.engines.output_structure import names_of
 from secateur.experiments.manifest import (
     CONSTANTS,
     MANIFEST,
@@ -36,7 +37,6 @@ from secateur.experiments.manifest import (
     versions,
     write_manifest,
 )
-from secateur.experiments.output_structure import names_of
 from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph, traceable_forward

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from secateur.config import ReportSection, RunConfig, Section
+from secateur.config import ENGINE_TITLES, EngineName, ReportSection, RunConfig, Section
 from secateur.graph.factorisation import Form
 from secateur.models.published import transform_notice
 from secateur.models.score import Score, metric_text
@@ -212,6 +212,7 @@ class RunResult(Record):
                 self.stages[0].score,
                 self.stages[-1].score,
                 self.config.plan.round_to,
+                engine=self.config.plan.engine,
                 is_split=bool(self.splits),
             ),
         )
@@ -264,11 +265,19 @@ def stage_title(stage: Stage, round_number: int) -> str:
     return _TITLES[stage] if round_number == 1 else f"{_TITLES[stage]} (round {round_number})"
 
 
-def latency_notice(before: Score, after: Score, round_to: int, *, is_split: bool = False) -> str:
+def latency_notice(
+    before: Score,
+    after: Score,
+    round_to: int | None,
+    *,
+    engine: EngineName = "pytorch",
+    is_split: bool = False,
+) -> str:
     """Return what to try if latency fell by less than half of what the MACs did; else nothing.
 
-    `round_to` is that of the plan; `is_split` says whether convolutions were split in two. Falls of
-    the MACs below `LEAST_FALL` are lost in the noise of timing.
+    `round_to` is that of the plan, and `engine` what latency was measured in; `is_split` says
+    whether convolutions were split in two. Falls of the MACs below `LEAST_FALL` are lost in the
+    noise of timing.
     """
     if before.macs == 0 or before.latency_ms == 0:
         return ""
@@ -278,12 +287,13 @@ def latency_notice(before: Score, after: Score, round_to: int, *, is_split: bool
         return ""
     fell = f"fell by only {latency:.0%}" if round(latency, 2) > 0 else "did not fall"
     remedies = ["--actions channels (two thin layers take longer than one)"] if is_split else []
-    remedies += [] if round_to % 8 == 0 else ["--round-to 16"]
-    remedies += ["another batch size", "torch.compile or onnxruntime (secateur export)"]
+    remedies += [] if round_to and round_to % 8 == 0 else ["--round-to 16"]
+    remedies.append("another batch size")
+    remedies += ["--engine onnxruntime, if you deploy there"] if engine == "pytorch" else []
     return (
         f"Latency {fell} while the MACs fell by {macs:.0%} ({after.latency_batch} images in "
-        f"PyTorch on this machine). What can help: {', '.join(remedies)}, or -t latency=F, which "
-        "plans by time."
+        f"{ENGINE_TITLES[engine]} on this machine). What can help: {', '.join(remedies)}, or -t "
+        "latency=F, which plans by time."
     )
 
 

@@ -14,6 +14,8 @@ from secateur import data
 from secateur.config import RunConfig
 from secateur.data import DataSet, Images, split_calibration
 from secateur.data.batch_reader import BatchReader
+from secateur.engines.latency import latency_in
+from secateur.engines.registry import find_engine
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.finite import check_finite
@@ -239,8 +241,14 @@ def make_baseline(
             context.reader.read_shard(dataset.test, "scoring (before)"),
             task=context.task,
             metric=context.metric,
+            known_ms=0.0,
             check=check,
         )
+        engine = find_engine(config.plan.engine)
+        milliseconds, batch = distributed.on_main_process(
+            lambda: latency_in(engine, model, context.example)
+        )
+        score = replace(score, latency_ms=milliseconds, latency_batch=batch)
         notes = (*notes, *doubts)
         before = StageResult(stage="before", round=1, score=score, seconds=0.0)
         run_context.end_stage(before, context.task)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.config import Budget
 from secateur.data import Batch, DataSet
 from secateur.data.batch_reader import BatchReader
+from secateur.engines.registry import find_engine
 from secateur.graph.module_state import copy_of
 from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
 from secateur.models.metrics import MetricFactory
@@ -30,7 +31,7 @@ from secateur.pipeline.rounds import Round
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.task import metric_of, validation_metric_of
 from secateur.pruning.apply import apply_plan, dropped_branches
-from secateur.pruning.cost.latency_profiler import measure_fraction_left
+from secateur.pruning.cost.latency_profiler import Stopwatch
 from secateur.pruning.equivalence import check_equivalence
 from secateur.pruning.outcome import RefitOutcome, SizeTrial
 from secateur.pruning.plan import PruningPlan
@@ -93,9 +94,14 @@ def cut(this: Round) -> CutStage:
     seconds = time.perf_counter() - since
     # Of all stages of this round: neither refit nor training change what a forward pass computes.
     before = this.stages[0].score
-    fraction_left = measure_fraction_left(
-        this.original, smaller, example, size=before.latency_batch, is_only_shown=True
+    stopwatch = Stopwatch(
+        this.original,
+        example,
+        find_engine(this.config.plan.engine),
+        size=before.latency_batch,
+        is_only_shown=True,
     )
+    fraction_left = stopwatch.fraction_left(smaller)
     batches = this.context.reader.read_shard(this.dataset.test, "scoring (cut)")
     score = evaluate(
         smaller,
@@ -319,7 +325,7 @@ def _make_plan(this: Round) -> tuple[PruningPlan, tuple[SizeTrial, ...]]:
         lambda fraction: plan_inputs.plan(Budget(budget.quantity, fraction)),
         fraction_left,
         plan_inputs.least(budget),
-        this.context.example,
+        Stopwatch(this.network, this.context.example, find_engine(settings.engine)),
     )
     this.run_context.log.write("latency_left", fraction=measured_fraction)
     return replace(plan, budget=budget), ()

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ RANK_FLOOR = 2 / 3
 """Least rank of a kernel, over the rank that the target leaves of every kernel in equal shares.
 What a kernel does for the original network says little of what it can do after the cut: in the
 refit it also corrects the errors of the layers before it."""
+GRIDS = (4, 2, 1)
+"""Of these, kept filters are a multiple of the first that leaves the target in reach, where none is
+asked for. onnxruntime's convolutions leave their blocked layout, and take up to twice as long, or
+eight times if they are depthwise, where the number of channels that they read is no multiple of 4
+(onnxruntime 1.32, `MlasNchwc`)."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def make_plan(  # public: one keyword for each thing that a user may set
     *,
     allocation: Allocation | None = None,
     ties: Mapping[str, Tensor] | None = None,
-    round_to: int = 1,
+    round_to: int | None = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
 ) -> PruningPlan:
@@ -156,7 +162,8 @@ def make_plan(  # public: one keyword for each thing that a user may set
     `scores` is `{group: score [channel]}`; higher scores stay, and `ties` decides between equal
     ones (`ranking.rank`). The `allocation` decides how many filters each group loses, by default
     the same fraction everywhere. A group keeps at least `min_filters`, and a multiple of `round_to`
-    filters or all of them. A latency budget needs the table of `latency_profiler.measure_latency`.
+    filters or all of them; None takes the first of `GRIDS` that the budget allows. A latency budget
+    needs the table of `latency_profiler.measure_latency`.
 
     Raises `TargetError` if even the smallest allowed network exceeds the budget, and `UsageError`
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
@@ -209,7 +216,7 @@ def make_space(
     dependencies: DependencyGraph,
     target: Budget,
     *,
-    round_to: int = 1,
+    round_to: int | None = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
     allocation: Allocation | None = None,
@@ -217,8 +224,21 @@ def make_space(
     """Return the numbers of channels that groups may keep, with the budget as their limit.
 
     The ranks that convolutions may have are among them, and the residual branches that may be
-    dropped, if the `allocation` holds such.
+    dropped, if the `allocation` holds such. See `make_plan` for the other arguments.
     """
+    if round_to is None:
+        with_grid = partial(
+            make_space,
+            *(ranking, dependencies, target),
+            min_filters=min_filters,
+            latency=latency,
+            allocation=allocation,
+        )
+        for grid in GRIDS[:-1]:
+            space = with_grid(round_to=grid)
+            if space.fits(space.least):
+                return space
+        return with_grid(round_to=GRIDS[-1])
     allocation = allocation or Allocation()
     measure = count_quantity(dependencies, target.quantity, latency)
     pressure = crowding_of(dependencies, target.quantity)

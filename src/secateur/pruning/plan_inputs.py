@@ -14,6 +14,7 @@ from torch.fx.node import Node
 
 from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
+from secateur.engines.registry import find_engine
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import factorable_layers
 from secateur.graph.module_state import tensors_of
@@ -23,7 +24,7 @@ from secateur.pruning.actions import Actions, BranchChoice, RankChoice
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.depth_sensitivity import droppable_branches, measure_depth_sensitivity
-from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
+from secateur.pruning.plan import GRIDS, Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.rank_sensitivity import measure_rank_sensitivity
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_sensitivity
@@ -107,7 +108,7 @@ class PlanInputs:
             self.dependencies,
             target,
             allocation=self.allocation,
-            round_to=self.settings.round_to,
+            round_to=self.settings.round_to or GRIDS[-1],
             min_filters=self.settings.min_filters,
             latency=self.latency,
         )
@@ -169,7 +170,9 @@ def make_plan_inputs(
     latency = None
     if settings.budget.quantity == "latency":
         latency = distributed.on_main_process(
-            lambda: measure_latency(model, dependencies, images.example)
+            lambda: measure_latency(
+                model, dependencies, images.example, find_engine(settings.engine)
+            )
         )
     actions = Actions(
         _rank_choice(model, dependencies, images, settings, progress),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from secateur.graph.dependency import DependencyGraph
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.cost.latency_profiler import measure_fraction_left
+from secateur.pruning.cost.latency_profiler import Stopwatch
 from secateur.pruning.outcome import SizeTrial
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import TargetError
@@ -27,14 +27,14 @@ def plan_in_time(
     plan: Callable[[float], PruningPlan],
     fraction_left: float,
     least: float,
-    images: Tensor,
+    stopwatch: Stopwatch,
 ) -> tuple[PruningPlan, float]:
     """Return a plan within a fraction of the latency of `model`, and its measured fraction.
 
     `plan(fraction)` returns the plan that is predicted to take a fraction, at least `least`.
     Predictions are some per cent off. So each network is cut and timed interleaved with the
-    original, and the next plan is made for a smaller or larger fraction. Of the plans within
-    `fraction_left` the slowest is returned. Raises `TargetError` if there is none.
+    original by the `stopwatch`, and the next plan is made for a smaller or larger fraction. Of the
+    plans within `fraction_left` the slowest is returned. Raises `TargetError` if there is none.
     """
     aim = max(fraction_left, least)
     best: tuple[PruningPlan, float] | None = None
@@ -42,7 +42,7 @@ def plan_in_time(
     for _ in range(LATENCY_ATTEMPTS):
         attempt = plan(aim)
         smaller = apply_plan(model, dependencies, attempt)
-        measured = measure_fraction_left(model, smaller, images)
+        measured = stopwatch.fraction_left(smaller)
         points.append((aim, measured))
         if measured <= fraction_left and (best is None or measured > best[1]):
             best = attempt, measured

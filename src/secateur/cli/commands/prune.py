@@ -20,7 +20,7 @@ KEYS = (
     Key("data.stratified", options.DATA),
     options.SKIP_UNREADABLE,
     Key("plan.target", BUDGET, ("--target", "-t")),
-    *(Key(f"plan.{name}", BUDGET) for name in ("max_drop", "actions", "allocation")),
+    *(Key(f"plan.{name}", BUDGET) for name in ("engine", "max_drop", "actions", "allocation")),
     options.PRUNE_RESIDUAL,
     options.EXCLUDE,
     *(Key(f"plan.{name}", BUDGET) for name in ("round_to", "min_filters", "rounds")),

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from secateur.config import EngineName
 from secateur.graph.channel_ids import Layer
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph, Removed
 from secateur.graph.tensor_sizes import Dimension, TensorSizes
 from secateur.runtime.errors import UsageError
 from secateur.runtime.schema import VersionedRecord, parse_record
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SMALL = 16
 """Up to this many channels, time is linear between timed widths, whatever the block."""
 
@@ -34,7 +35,9 @@ class Hardware(VersionedRecord):
     threads: int
     device: str
     dtype: str
-    torch: str
+    engine: EngineName
+    version: str
+    """Of the engine."""
 
 
 class LayerTimes(VersionedRecord):

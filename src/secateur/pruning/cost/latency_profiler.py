@@ -13,6 +13,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from secateur.engines.engine import Engine
+from secateur.engines.pytorch import PyTorch
 from secateur.graph.activation_memory import count_other_values
 from secateur.graph.channel_ids import Ids, Layer
 from secateur.graph.cut import cut
@@ -59,16 +61,21 @@ Times = Mapping[Key, float]
 
 
 def measure_latency(
-    model: nn.Module, dependencies: DependencyGraph, images: Tensor
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    images: Tensor,
+    engine: Engine | None = None,
 ) -> LatencyTable:
     """Return the times of `model` and of its layers on this machine, in evaluation mode.
 
+    The `engine` is PyTorch by default; it takes longer for one that every network is exported to.
     `images` `[image, rgb, height, width]` are repeated to a batch of `LATENCY_BATCH`. Every round
     times everything once, so that a machine that gets slower or faster favours nothing. The
     shortest time counts. Layers with the same operation and shapes are timed once.
     """
-    hardware, cuts = _hardware(images), _uniform_cuts(dependencies)
-    samples, times = _measure(model, dependencies, cuts, images)
+    engine = engine or PyTorch()
+    hardware, cuts = _hardware(images, engine), _uniform_cuts(dependencies, engine.grid)
+    samples, times = _measure(model, dependencies, cuts, images, engine)
     layers = tuple(sample.times(times) for sample in samples)
     block = min(BLOCKS, key=lambda block: _error(samples, layers, times, block))
     alone, values = layers_ms(dependencies, layers, block), count_other_values(dependencies)
@@ -90,43 +97,67 @@ def measure_latency(
     )
 
 
-def measure_fraction_left(
-    model: nn.Module,
-    smaller: nn.Module,
-    images: Tensor,
-    *,
-    size: int = LATENCY_BATCH,
-    is_only_shown: bool = False,
-) -> float:
-    """Return the latency of `smaller` over that of `model`: the ratio of medians, interleaved.
+class Stopwatch:
+    """Times networks beside an original one in an engine, which is PyTorch by default.
 
     `images` `[image, rgb, height, width]` are repeated to a batch of this `size`. It takes fewer
     passes if the result is only shown. The main process measures; every process gets its result.
     """
-    batch = repeat_to_batch(images, size)
-    rounds = SHOWN_ROUNDS if is_only_shown else INTERLEAVED_ROUNDS
-    passes = {"before": lambda: model(batch), "after": lambda: smaller(batch)}
-    with evaluating(model), evaluating(smaller), torch.inference_mode():
-        medians = distributed.on_main_process(lambda: interleaved_medians(passes, rounds))
-    return medians["after"] / medians["before"]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        engine: Engine | None = None,
+        *,
+        size: int = LATENCY_BATCH,
+        is_only_shown: bool = False,
+    ) -> None:
+        self._model = model
+        self._batch = repeat_to_batch(images, size)
+        self._engine = engine or PyTorch()
+        self._rounds = SHOWN_ROUNDS if is_only_shown else INTERLEAVED_ROUNDS
+        self._original: Callable[[], object] | None = None
+
+    def fraction_left(self, smaller: nn.Module) -> float:
+        """Return the latency of `smaller` over the original's: the ratio of medians, interleaved.
+
+        Raises the errors of `Engine.prepare`.
+        """
+        with evaluating(self._model), evaluating(smaller), torch.inference_mode():
+            medians = distributed.on_main_process(lambda: self._medians(smaller))
+        return medians["after"] / medians["before"]
+
+    def _medians(self, smaller: nn.Module) -> dict[str, float]:
+        if self._original is None:
+            self._original = self._engine.prepare(self._model, self._batch)
+        passes = {"before": self._original, "after": self._engine.prepare(smaller, self._batch)}
+        return interleaved_medians(passes, self._rounds)
 
 
-def _hardware(images: Tensor) -> Hardware:
+def _hardware(images: Tensor, engine: Engine) -> Hardware:
     machine = environment(images.device)
     return Hardware(
         processor=machine.processor,
         threads=machine.threads,
         device=machine.accelerator or str(images.device),
         dtype=str(images.dtype).removeprefix("torch."),
-        torch=machine.torch,
+        engine=engine.name,
+        version=engine.version,
     )
 
 
-def _uniform_cuts(dependencies: DependencyGraph) -> list[Removed]:
-    """Return cuts in which every group keeps the same fraction of its filters; first no cut."""
+def _uniform_cuts(dependencies: DependencyGraph, grid: int) -> list[Removed]:
+    """Return cuts in which every group keeps the same fraction of its filters; first no cut.
+
+    Groups keep a multiple of `grid` channels, or all.
+    """
     scores = {name: torch.zeros(len(group)) for name, group in dependencies.groups.items()}
     ranking = rank(scores, dependencies, "uniform")
-    steps = {n: range(ranking.least[n], len(order) + 1) for n, order in ranking.order.items()}
+    steps = {
+        name: [n for n in range(ranking.least[name], len(order)) if n % grid == 0] + [len(order)]
+        for name, order in ranking.order.items()
+    }
     filters = sum(map(len, scores.values()))
     cuts: list[Removed] = [{}]
     for fraction in FRACTIONS:
@@ -165,15 +196,17 @@ class _Sample:
         )
 
 
-def _sample(dependencies: DependencyGraph, layer: Layer, widths: LayerWidths) -> _Sample:
-    read, produced = _narrowed(widths.read, _grid), _narrowed(widths.produced, _grid)
+def _sample(dependencies: DependencyGraph, layer: Layer, widths: LayerWidths, grid: int) -> _Sample:
+    read, produced = (
+        _narrowed(dimension, _grid, grid) for dimension in (widths.read, widths.produced)
+    )
     whole_read, whole_produced = max(read), max(produced)
 
     def call(*removed: Ids) -> LayerCall:
         return layer_call(dependencies, layer, np.concatenate(removed))
 
     check_read, check_produced = (
-        _narrowed(dimension, _checks) for dimension in (widths.read, widths.produced)
+        _narrowed(dimension, _checks, grid) for dimension in (widths.read, widths.produced)
     )
     checks = [
         *((width, whole_produced, call(removed)) for width, removed in check_read.items()),
@@ -188,8 +221,13 @@ def _sample(dependencies: DependencyGraph, layer: Layer, widths: LayerWidths) ->
     )
 
 
-def _narrowed(dimension: Dimension, widths: Callable[[int], Iterable[int]]) -> dict[int, Ids]:
-    """Return `{width: channels to remove}`, rising, near the wanted widths of a dimension."""
+def _narrowed(
+    dimension: Dimension, widths: Callable[[int], Iterable[int]], grid: int
+) -> dict[int, Ids]:
+    """Return `{width: channels to remove}`, rising, near the wanted widths of a dimension.
+
+    They are multiples of `grid` where the dimension allows, or the whole.
+    """
     nothing = np.zeros(0, dtype=np.int64)
     if isinstance(dimension, int):
         return {dimension: nothing}
@@ -199,7 +237,8 @@ def _narrowed(dimension: Dimension, widths: Callable[[int], Iterable[int]]) -> d
     fixed = int(np.count_nonzero(dimension == NOT_PRUNABLE))
     copies = (len(dimension) - fixed) / len(channels)
     removed: dict[int, Ids] = {}
-    for width in widths(len(dimension)):
+    for wanted in widths(len(dimension)):
+        width = math.ceil(wanted / grid) * grid
         count = min(max(1, math.ceil((width - fixed) / copies)), len(channels))
         kept = channels[np.arange(count) * len(channels) // count]
         left = fixed + int(np.isin(dimension, kept).sum())
@@ -226,17 +265,26 @@ def _checks(size: int) -> set[int]:
 
 
 def _measure(
-    model: nn.Module, dependencies: DependencyGraph, cuts: Sequence[Removed], images: Tensor
+    model: nn.Module,
+    dependencies: DependencyGraph,
+    cuts: Sequence[Removed],
+    images: Tensor,
+    engine: Engine,
 ) -> tuple[list[_Sample], Times]:
     """Return the samples of all layers, and the shortest time of every job in milliseconds.
 
     The jobs are the calls of the samples, by their keys, and the cut networks, by the numbers of
-    their cuts; these get a batch of the images and run three times per round.
+    their cuts; these get a batch of the images and run three times per round. Layers that the
+    engine can't time are timed in PyTorch.
     The shortest, since other work on the machine only adds time, and hits long jobs more often.
     """
     layers_and_widths = zip(dependencies.layers, widths_of(dependencies), strict=True)
-    samples = [_sample(dependencies, layer, widths) for layer, widths in layers_and_widths]
-    layers = jobs_of({call.key: call for sample in samples for call in sample.calls})
+    samples = [
+        _sample(dependencies, layer, widths, engine.grid) for layer, widths in layers_and_widths
+    ]
+    calls = {call.key: call for sample in samples for call in sample.calls}
+    known = engine.layer_seconds(calls)
+    layers = jobs_of({key: call for key, call in calls.items() if key not in known})
     keys = list(layers)
     third = -(-len(keys) // 3)
     order = [
@@ -246,7 +294,8 @@ def _measure(
     ]
     networks = [cut(model, dependencies, removed).eval() for removed in cuts]
     batch = repeat_to_batch(images, LATENCY_BATCH)
-    passes: Jobs = {number: partial(partial, net, batch) for number, net in enumerate(networks)}
+    actions = [engine.prepare(network, batch) for network in networks]
+    passes: Jobs = {number: partial(_itself, action) for number, action in enumerate(actions)}
     jobs = {**passes, **layers}
 
     def prepare(key: Key) -> Callable[[], object]:
@@ -256,7 +305,12 @@ def _measure(
 
     with torch.inference_mode():
         times = interleaved_seconds(order, prepare, TABLE_ROUNDS)
-    return samples, {key: 1e3 * min(runs) for key, runs in times.items()}
+    shortest = {key: min(runs) for key, runs in times.items()}
+    return samples, {key: 1e3 * seconds for key, seconds in {**shortest, **known}.items()}
+
+
+def _itself(action: Callable[[], object]) -> Callable[[], object]:
+    return action
 
 
 def _error(

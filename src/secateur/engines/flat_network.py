@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.experiments.output_structure import Structure, take_apart
+from secateur.engines.output_structure import Structure, take_apart
 from secateur.graph.forward import forward_of, inputs_of, with_forward, without_forward
 from secateur.graph.module_state import evaluating
 from secateur.models.divergence import relative_error

@@ -1,0 +1,1 @@
+"""Engines that run a network: PyTorch, its compiler, onnxruntime, OpenVINO. They time networks."""

@@ -1,0 +1,71 @@
+"""OpenVINO on the CPU as an engine. Needs the extra `openvino`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.config import EngineName
+from secateur.engines.engine import Action
+from secateur.engines.file_engine import LAYER_RUNS, Array, FileEngine, arrays_of
+from secateur.engines.onnx_file import cause
+from secateur.runtime.errors import ExportError, UsageError
+
+OTHER_OPERATIONS = ("Reorder", "Parameter", "Input", "Result", "Output", "Constant", "Const")
+"""Operations that are not a layer's own."""
+
+
+class OpenVino(FileEngine):
+    """Runs ONNX files in OpenVINO, in float32 on every processor."""
+
+    name: EngineName = "openvino"
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            import openvino
+        except ImportError as error:
+            raise UsageError(
+                "OpenVINO needs the extra: pip install 'secateur[openvino]' "
+                f"(no module {error.name})"
+            ) from error
+        self.version = str(openvino.__version__)
+        self._core = openvino.Core()
+
+    def prepare_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
+        """Return what runs a file on inputs; see `FileEngine`."""
+        request, arrays = self._request(path.read_bytes()), arrays_of(inputs)
+        return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)
+
+    def file_seconds(self, content: bytes, images: Array) -> float:
+        """Return the shortest time of a file's operations, as OpenVINO's profile gives it."""
+        request = self._request(content, is_profiled=True)
+        runs = []
+        for _ in range(LAYER_RUNS):
+            request.infer([images])
+            runs.append(
+                sum(
+                    float(entry.real_time.total_seconds())
+                    for entry in request.profiling_info
+                    if not entry.node_type.startswith(OTHER_OPERATIONS)
+                )
+            )
+        return min(runs[1:])
+
+    def _request(self, content: bytes, *, is_profiled: bool = False) -> Any:
+        """Return what runs a file; raises `ExportError` if it can't be loaded."""
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",  # otherwise bfloat16 where the processor has it
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "PERF_COUNT": is_profiled,
+        }
+        try:
+            model = self._core.read_model(content)
+            return self._core.compile_model(model, "CPU", settings).create_infer_request()
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO can't load the network: {cause(error)}") from error
