@@ -157,7 +157,7 @@ def test_other_arguments_are_refused_in_a_line(arguments: dict[str, Any], messag
     ("dims", "shape", "epochs"),
     [
         (1, (2, 40), 0),
-        pytest.param(1, (2, 40), 1, marks=pytest.mark.slow),
+        (1, (2, 40), 1),
         pytest.param(3, (1, 7, 7, 7), 1, marks=pytest.mark.slow),
     ],
 )

@@ -394,8 +394,8 @@ def cost(macs: int, latency_ms: float) -> Score:
     ("after", "round_to", "words"),
     [
         (cost(50, 9.2), 1, "Latency fell by only 8% while the MACs fell by 50% (16 images"),
-        (cost(50, 7.6), 1, "can help: --round-to 16, another batch size, torch.compile or"),
-        (cost(50, 9.9), 16, "can help: another batch size, torch.compile or onnxruntime"),
+        (cost(50, 7.6), 1, "can help: --round-to 16, another batch size, --engine onnx"),
+        (cost(50, 9.9), 16, "can help: another batch size, --engine onnxruntime, if you"),
         (cost(50, 12.0), 1, "Latency did not fall while the MACs fell by 50%"),
         (cost(90, 9.96), 1, "Latency did not fall while the MACs fell by 10%"),
     ],

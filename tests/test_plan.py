@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from networks import CLASSES, random_images, wired
 from secateur.config import Budget, Quantity, parse_budget
@@ -327,6 +328,35 @@ def test_widths_are_rounded_to_multiples_or_left_whole(
     assert dependencies.macs(plan.removed) <= 0.8 * dependencies.macs()
     for name, count in kept_counts(dependencies, plan).items():
         assert count % round_to == 0 or count == len(dependencies.groups[name])
+
+
+@pytest.mark.parametrize(
+    ("channels", "fraction", "multiple"),
+    [
+        (64, 0.5, 4),  # half of the channels is a multiple of 4
+        (12, 0.6, 1),  # 7 of 12: with 4 or 6 the budget would be missed by far
+        (12, 0.5, 2),  # 6 of 12
+    ],
+)
+def test_widths_are_multiples_of_4_unless_that_removes_too_much(
+    channels: int, fraction: float, multiple: int
+) -> None:
+    network = nn.Sequential(
+        *(nn.Conv2d(3, channels, 1), nn.ReLU(), nn.Conv2d(channels, 4, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ).eval()
+    dependencies = build_dependency_graph(network, torch.rand(2, 3, 4, 4))
+    (name,) = dependencies.groups
+    plan = make_plan(
+        {name: torch.arange(channels).float()},
+        dependencies,
+        Budget("filters", fraction),
+        "own",
+        round_to=None,
+    )
+    count = channels - len(plan.removed[name])
+    assert count == int(fraction * channels)
+    assert math.gcd(count, 4) == multiple
 
 
 def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Generator) -> None:

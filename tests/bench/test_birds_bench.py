@@ -28,7 +28,7 @@ def result_of(seed: int) -> dict[str, object]:
         "finetuned": score(0.49 + seed / 100, 480, 30),
     }
     stages = [{"stage": name, "score": score, "seconds": 1.0} for name, score in scores.items()]
-    return {"stages": stages, "config": {"finetune": {"epochs": birds.EPOCHS}}}
+    return {"stages": stages, "config": {"finetune": {"epochs": 20}}}
 
 
 @pytest.fixture
@@ -75,6 +75,6 @@ def test_a_run_that_fails_loses_no_other_and_is_resumed(calls: list[Sequence[str
     measured = read_measurements(birds.RESULTS, birds.KEY)
     assert [row["base_learning_rate"] for row in measured] == [birds.LEARNING_RATES[1]] * 2
     assert birds.PAGE.read_text().splitlines()[3:5] == [
-        "| 0.480 | 0 | 50.0 | 20.0 | 40.0 | 49.0 | 1.0 |",
-        "| 0.480 | 1 | 50.0 | 20.0 | 40.0 | 50.0 | 0.0 |",
+        "| 0.480 | 20 | 0 | 50.0 | 20.0 | 40.0 | 49.0 | 1.0 |",
+        "| 0.480 | 20 | 1 | 50.0 | 20.0 | 40.0 | 50.0 | 0.0 |",
     ]

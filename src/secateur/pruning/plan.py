@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,10 +45,13 @@ RANK_FLOOR = 2 / 3
 What a kernel does for the original network says little of what it can do after the cut: in the
 refit it also corrects the errors of the layers before it."""
 GRIDS = (4, 2, 1)
-"""Of these, kept filters are a multiple of the first that leaves the target in reach, where none is
-asked for. onnxruntime's convolutions leave their blocked layout, and take up to twice as long, or
-eight times if they are depthwise, where the number of channels that they read is no multiple of 4
-(onnxruntime 1.32, `MlasNchwc`)."""
+"""Of these, kept filters are a multiple of the first that brings the plan near enough to the budget
+if none is asked for. onnxruntime's convolutions leave their blocked layout, and take up to
+twice as long, or eight times if they are depthwise, where the number of channels that they read is
+no multiple of 4 (onnxruntime 1.32, `MlasNchwc`)."""
+MOST_BELOW = 0.03
+"""How far below the budget near enough is, as a fraction of it: in narrow networks a coarse grid
+would remove much more than asked for. Latency falls in steps by itself, and is planned again."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ def make_plan(  # public: one keyword for each thing that a user may set
     `scores` is `{group: score [channel]}`; higher scores stay, and `ties` decides between equal
     ones (`ranking.rank`). The `allocation` decides how many filters each group loses, by default
     the same fraction everywhere. A group keeps at least `min_filters`, and a multiple of `round_to`
-    filters or all of them; None takes the first of `GRIDS` that the budget allows. A latency budget
-    needs the table of `latency_profiler.measure_latency`.
+    filters or all of them; None takes one of `GRIDS`. A latency budget needs
+    the table of `latency_profiler.measure_latency`.
 
     Raises `TargetError` if even the smallest allowed network exceeds the budget, and `UsageError`
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
@@ -171,44 +173,65 @@ def make_plan(  # public: one keyword for each thing that a user may set
     allocation = allocation or Allocation()
     architecture = dependencies.architecture
     ranking = rank(scores, dependencies, criterion, ties=ties)
-    space = make_space(
-        ranking,
-        dependencies,
-        target,
-        round_to=round_to,
-        min_filters=min_filters,
-        latency=latency,
-        allocation=allocation,
-    )
+    ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
+    is_free = round_to is None and allocation.rule != "shares"
+    grids = GRIDS if is_free else (round_to or GRIDS[-1],)
+    for grid in grids:
+        space = make_space(
+            ranking,
+            dependencies,
+            target,
+            round_to=grid,
+            min_filters=min_filters,
+            latency=latency,
+            allocation=allocation,
+        )
+        is_last = grid == grids[-1]
+        if not space.fits(space.least) and not is_last:
+            continue
+        counts = _counts(space, dependencies, target, allocation, ordered)
+        is_close = space.measure(counts) >= (1 - MOST_BELOW) * space.limit
+        if is_last or is_close or target.quantity == "latency":
+            break
     if allocation.rule == "shares":
-        if allocation.shares is None:
-            raise UsageError("the allocation `shares` needs the fraction of each group that stays")
-        counts = keep_fractions(space, allocation.shares)
         achieved = space.measure(counts) / space.measure(space.whole)
         # Rounded up, so that the plan does not exceed its own budget.
         target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
-        return PruningPlan(ranking.removed(counts), target, criterion, architecture)
+    removed = ranking.removed(counts)
+    if allocation.rule != "sensitivity":
+        return PruningPlan(removed, target, criterion, architecture)
+    actions = allocation.actions
+    ranks = ActionSavings(actions, dependencies, target.quantity, latency).ranks(counts, removed)
+    dropped = actions.branches.dropped(counts)
+    inside = actions.inside(dependencies)
+    gone = {name for branch in dropped for name in inside[BRANCH_OF + branch]}
+    removed = {name: filters for name, filters in removed.items() if name not in gone}
+    return PruningPlan(removed, target, criterion, architecture, ranks=ranks, dropped=dropped)
+
+
+def _counts(
+    space: SearchSpace,
+    dependencies: DependencyGraph,
+    target: Budget,
+    allocation: Allocation,
+    ordered: Mapping[str, Sequence[float]],
+) -> Counts:
+    """Return the channels that stay of each group, by the allocation; see `make_plan`.
+
+    `ordered` are the scores of each group, falling.
+    """
+    if allocation.rule == "shares":
+        if allocation.shares is None:
+            raise UsageError("the allocation `shares` needs the fraction of each group that stays")
+        return keep_fractions(space, allocation.shares)
     _check_reach(space, dependencies, target, allocation)
     if allocation.rule == "uniform":
-        counts = equal_fractions(space)
-    elif allocation.rule == "global":
-        ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
-        counts = lowest_scores(space, ordered)
-    else:
-        if allocation.sensitivity is None:
-            raise UsageError("the allocation `sensitivity` needs the sensitivity of each group")
-        actions = allocation.actions
-        counts = lowest_sensitivity(space, {**allocation.sensitivity, **actions.sensitivity})
-        removed = ranking.removed(counts)
-        ranks = ActionSavings(actions, dependencies, target.quantity, latency).ranks(
-            counts, removed
-        )
-        dropped = actions.branches.dropped(counts)
-        inside = actions.inside(dependencies)
-        gone = {name for branch in dropped for name in inside[BRANCH_OF + branch]}
-        removed = {name: filters for name, filters in removed.items() if name not in gone}
-        return PruningPlan(removed, target, criterion, architecture, ranks=ranks, dropped=dropped)
-    return PruningPlan(ranking.removed(counts), target, criterion, architecture)
+        return equal_fractions(space)
+    if allocation.rule == "global":
+        return lowest_scores(space, ordered)
+    if allocation.sensitivity is None:
+        raise UsageError("the allocation `sensitivity` needs the sensitivity of each group")
+    return lowest_sensitivity(space, {**allocation.sensitivity, **allocation.actions.sensitivity})
 
 
 def make_space(
@@ -216,7 +239,7 @@ def make_space(
     dependencies: DependencyGraph,
     target: Budget,
     *,
-    round_to: int | None = 1,
+    round_to: int = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
     allocation: Allocation | None = None,
@@ -224,21 +247,8 @@ def make_space(
     """Return the numbers of channels that groups may keep, with the budget as their limit.
 
     The ranks that convolutions may have are among them, and the residual branches that may be
-    dropped, if the `allocation` holds such. See `make_plan` for the other arguments.
+    dropped, if the `allocation` holds such.
     """
-    if round_to is None:
-        with_grid = partial(
-            make_space,
-            *(ranking, dependencies, target),
-            min_filters=min_filters,
-            latency=latency,
-            allocation=allocation,
-        )
-        for grid in GRIDS[:-1]:
-            space = with_grid(round_to=grid)
-            if space.fits(space.least):
-                return space
-        return with_grid(round_to=GRIDS[-1])
     allocation = allocation or Allocation()
     measure = count_quantity(dependencies, target.quantity, latency)
     pressure = crowding_of(dependencies, target.quantity)

@@ -159,8 +159,10 @@ class DistillationLoss:
         if self._label_weight == 0:
             labels = torch.zeros_like(labels)  # they are unused and may not exist
         check_labels(labels, self._mixing.transforms[0].num_classes)
-        mixed: tuple[Tensor, Tensor] = self._mixing(images, labels.to(images.device))
-        return mixed
+        # torchvision mixes images only: signals and volumes become one axis, in which CutMix cuts.
+        pictures = images.reshape(*images.shape[:2], -1, 1) if images.ndim != 4 else images
+        mixed, fractions = self._mixing(pictures, labels.to(images.device))
+        return mixed.reshape(images.shape), fractions
 
 
 class _Student(nn.Module):
