@@ -26,6 +26,7 @@ import secateur
 from runs import DigitsRun, small_config
 from secateur import data
 from secateur.cli import app
+from secateur.experiments import int8_export
 from secateur.experiments import onnx_export as export
 from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
@@ -1150,3 +1151,25 @@ def test_evaluate_a_run_beside_its_original(call: Call, digits_run: DigitsRun) -
     assert ["agreement", f"{100 * last.agreement_fraction:.2f}", "%"] in [
         line.split() for line in outcome.out.splitlines()
     ]
+
+
+def test_export_to_int8_scores_both_files_and_times_them(
+    call: Call, digits_run: DigitsRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    for module in (export, int8_export):
+        monkeypatch.setattr(module, "LATENCY_ROUNDS", Rounds(1, 1))
+    path = tmp_path / "small.onnx"
+    arguments = ["export", digits_run.folder, "--out", path, "--int8", "--no-latency"]
+    outcome = call(*arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    quantised = json.loads(outcome.out)["int8"]
+    assert quantised["path"] == str(tmp_path / "small.int8.onnx")
+    assert quantised["bytes"] < path.stat().st_size
+    recorded = json.loads((digits_run.folder / "result.json").read_text())["stages"][-1]["score"]
+    assert quantised["float_metric"] == pytest.approx(recorded["metric"], abs=0.01)
+    assert quantised["int8_metric"] == pytest.approx(recorded["metric"], abs=0.05)
+    assert [one["batch"] for one in quantised["latency"]] == [1, 16]
+    outcome = call(*arguments)
+    assert outcome.code == 1
+    assert "--overwrite" in outcome.err

@@ -13,6 +13,7 @@ from secateur.cli.commands.compare import compare
 from secateur.cli.commands.demo import demo
 from secateur.cli.commands.evaluate import KEYS as EVALUATE_KEYS
 from secateur.cli.commands.evaluate import evaluate
+from secateur.cli.commands.export import KEYS as EXPORT_KEYS
 from secateur.cli.commands.export import export
 from secateur.cli.commands.finetune import KEYS as FINETUNE_KEYS
 from secateur.cli.commands.finetune import finetune
@@ -64,7 +65,7 @@ options.command(app, RunConfig, FINETUNE_KEYS, is_made=False, default="the run's
 options.command(app, BaseConfig, TRAIN_KEYS)(train)
 options.command(app, RunConfig, EVALUATE_KEYS, is_made=False)(evaluate)
 options.command(app, RunConfig, INSPECT_KEYS, is_made=False)(inspect)
-app.command()(options.with_processes(export))
+options.command(app, RunConfig, EXPORT_KEYS, is_made=False)(export)
 app.command()(options.with_processes(report))
 app.command()(options.with_processes(models))
 app.command()(options.with_processes(compare))

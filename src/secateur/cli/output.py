@@ -18,6 +18,7 @@ from secateur.cli.console import err, escaped, out
 from secateur.experiments import run_folder
 from secateur.experiments.evaluate import Evaluation
 from secateur.experiments.inspect import NEEDED, NEEDED_BY
+from secateur.experiments.int8_export import Int8Result
 from secateur.experiments.onnx_export import ExportResult, Latency
 from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
@@ -174,11 +175,20 @@ def show_score(score: Score, task: Task) -> None:
     out().print(table)
 
 
-def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bool) -> None:
-    """Print which file was written, and the latency of both networks."""
+def show_export(
+    result: ExportResult,
+    times: tuple[Latency, ...],
+    quantised: Int8Result | None = None,
+    *,
+    as_json: bool,
+) -> None:
+    """Print which files were written, and the latency of both networks."""
     if as_json:
         facts = {**asdict(result), "path": str(result.path)}
-        print(json.dumps({**facts, "latency": [asdict(one) for one in times]}, indent=1))
+        facts["latency"] = [asdict(one) for one in times]
+        if quantised is not None:
+            facts["int8"] = _int8_facts(quantised)
+        print(json.dumps(facts, indent=1))
         return
     batches = ", ".join(str(batch) for batch in result.batches)
     out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
@@ -187,8 +197,13 @@ def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bo
         f"batches of {batches}",
         highlight=False,
     )
-    if not times:
-        return
+    if times:
+        _show_latency(times)
+    if quantised is not None:
+        show_int8(quantised)
+
+
+def _show_latency(times: tuple[Latency, ...]) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("engine")
     for title in ("batch", "original ms", "pruned ms", "ratio"):
@@ -203,6 +218,52 @@ def show_export(result: ExportResult, times: tuple[Latency, ...], *, as_json: bo
             "" if original is None else f"{original / one.pruned_ms:.2f}",
         )
     out().print(table)
+
+
+def _int8_facts(quantised: Int8Result) -> dict[str, Any]:
+    """Return what JSON says of an int8 file."""
+    return {
+        "path": str(quantised.path),
+        "bytes": quantised.bytes,
+        "calibration_images": quantised.calibration_images,
+        "metric": quantised.task.accuracy_name,
+        "float_metric": quantised.float_score.metric,
+        "int8_metric": quantised.int8_score.metric,
+        "latency": [asdict(one) for one in quantised.latency],
+    }
+
+
+def show_int8(quantised: Int8Result) -> None:
+    """Print an int8 file's accuracy and latency beside those of the float file."""
+    unit, name = quantised.task.metric_unit, quantised.task.accuracy_name
+    before, after = quantised.float_score, quantised.int8_score
+    out().print(f"written: {quantised.path}", soft_wrap=True, highlight=False)
+    out().print(
+        f"{quantised.bytes / 1e6:.2f} MB in int8, calibrated on {quantised.calibration_images} "
+        f"images; {name} {metric_text(before.metric, unit)} in float, "
+        f"{metric_text(after.metric, unit)} in int8 ({after.images} test images)",
+        highlight=False,
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("onnxruntime")
+    for title in ("batch", "original ms", "pruned ms", "ratio"):
+        table.add_column(title, justify="right")
+    for one in quantised.latency:
+        for form, pruned, original in (
+            ("float", one.float_ms, one.original_float_ms),
+            ("int8", one.int8_ms, one.original_int8_ms),
+        ):
+            table.add_row(
+                form,
+                str(one.batch),
+                "" if original is None else f"{original:.2f}",
+                f"{pruned:.2f}",
+                "" if original is None else f"{original / pruned:.2f}",
+            )
+    out().print(table)
+    advice = quantised.advice
+    if advice:
+        show_notes([advice])
 
 
 def show_groups(inspection: dict[str, Any]) -> None:

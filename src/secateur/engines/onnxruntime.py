@@ -69,6 +69,11 @@ def onnx_runner(path: Path) -> Callable[..., list[Any]]:
     return run
 
 
+def input_names(path: Path) -> list[str]:
+    """Return the names of a file's inputs, in their order; raises as `onnx_runner` does."""
+    return [value.name for value in _session(str(path), str(path)).get_inputs()]
+
+
 def _session(file: str | bytes, name: str, profile: Path | None = None) -> Any:
     import onnxruntime
 

@@ -51,7 +51,7 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     dataset, network = load_inputs(config)
     asked, config = config, resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
-    task, metric = _task(network, network, dataset, config, run_context)
+    task, metric = task_and_metric(network, network, dataset, config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
     score, predictions = evaluate_and_predict(network, batches, task=task, metric=metric)
     doubt = find_doubt_about(predictions, task, has_labels=dataset.has_labels)
@@ -77,7 +77,7 @@ def evaluate_run(
     run_context = run_context.collecting_unreadable(config)
     reader = make_reader(config, run_context)
     original, notes = _load_original(run, config, named)
-    task, metric = _task(network, original or network, dataset, config, run_context)
+    task, metric = task_and_metric(network, original or network, dataset, config, run_context)
     predictions: Predictions | None = None
     if original is not None:
         batches = reader.read_shard(dataset.test, "scoring the original")
@@ -106,13 +106,14 @@ def _load_original(
     return original, ()
 
 
-def _task(
+def task_and_metric(
     network: nn.Module,
     original: nn.Module,
     dataset: DataSet,
     config: RunConfig,
     run_context: RunContext,
 ) -> tuple[Task, MetricFactory | None]:
+    """Return the task of a network on a data set, and how its metric is computed."""
     reader = make_reader(config, run_context)
     example = reader.read_first(dataset.test, EXAMPLE_IMAGES)
     parts = output_parts(config, run_context)

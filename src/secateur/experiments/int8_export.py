@@ -1,0 +1,203 @@
+"""Quantise an exported network to int8, and compare accuracy and latency with the float file.
+
+Both files run in onnxruntime. Needs the extra `export`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from secateur.config import RunConfig
+from secateur.data import draw_calibration_images
+from secateur.engines.flat_network import inputs_in, run_flat
+from secateur.engines.onnx_file import write_onnx
+from secateur.engines.onnxruntime import input_names, onnx_runner
+from secateur.engines.output_structure import Structure, put_together
+from secateur.engines.quantised_file import Inputs, quantise_file
+from secateur.experiments.evaluate import task_and_metric
+from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS
+from secateur.experiments.user_code_keys import check_named
+from secateur.graph.forward import inputs_of, with_inputs
+from secateur.models.evaluate import evaluate
+from secateur.models.score import Score
+from secateur.models.task import Task
+from secateur.pipeline.inputs import load_data, make_reader, resolve_config
+from secateur.pipeline.run_context import RunContext
+from secateur.runtime.timing import interleaved_medians, repeat_to_batch
+
+CALIBRATION_IMAGES = 256
+"""Calibration images that the ranges of activations are taken from, at most."""
+CALIBRATION_BATCH = 32
+LEAST_EATEN = 0.1
+"""More of the time that stays in int8 than in float, from which on it is said."""
+TIMING_IMAGES = 8
+"""Images that the original is quantised with to be timed; its weights are arbitrary, too."""
+
+
+@dataclass(frozen=True)
+class FormLatency:
+    """Median times of a forward pass in onnxruntime, of the float and of the int8 file."""
+
+    batch: int
+    float_ms: float
+    int8_ms: float
+    original_float_ms: float | None
+    original_int8_ms: float | None
+    """None if no original network was given."""
+
+
+@dataclass(frozen=True)
+class Int8Result:
+    """An int8 file beside the float one that it was made from."""
+
+    path: Path
+    bytes: int
+    calibration_images: int
+    float_score: Score
+    int8_score: Score
+    """Latency, MACs and parameters in these don't count."""
+    task: Task
+    latency: tuple[FormLatency, ...]
+
+    @property
+    def advice(self) -> str:
+        """What to know of the two before one of them is deployed; empty if nothing."""
+        last = self.latency[-1]
+        if last.original_float_ms is None or last.original_int8_ms is None:
+            return ""
+        in_float = last.float_ms / last.original_float_ms
+        in_int8 = last.int8_ms / last.original_int8_ms
+        together = last.int8_ms / last.original_float_ms
+        if last.int8_ms > last.float_ms:
+            return (
+                "int8 is slower than float here: the processor may lack instructions for it. "
+                "Deploy the float file, or time int8 on the device."
+            )
+        if in_int8 - in_float < LEAST_EATEN:
+            return ""
+        return (
+            f"The cut saves less in int8: {in_int8:.2f} of the time stays, and {in_float:.2f} in "
+            f"float. Together they leave {together:.2f}, the uncut network in int8 "
+            f"{last.original_int8_ms / last.original_float_ms:.2f}. Prune with --round-to 16, or "
+            "further; if the uncut network in int8 is fast enough, deploy that."
+        )
+
+
+def export_int8(
+    network: nn.Module,
+    file: Path,
+    path: Path,
+    config: RunConfig,
+    run_context: RunContext,
+    *,
+    original: nn.Module | None = None,
+) -> Int8Result:
+    """Quantise the ONNX file of a run's network, score both on the test images and time both.
+
+    `network` is the run's, whose inputs are those of the file; `config` is the run's configuration
+    with the data where they are now. At most `CALIBRATION_IMAGES` of the training images set the
+    ranges of activations, drawn as the run's calibration images are. The `original` is timed only:
+    the values of its weights don't matter. Raises `SecateurError`.
+    """
+    dataset = load_data(config, network)
+    config = resolve_config(config, dataset, network)
+    reader = make_reader(config, run_context)
+    task, metric = task_and_metric(network, network, dataset, config, run_context)
+    calibration = draw_calibration_images(
+        dataset.train, CALIBRATION_IMAGES, stratified=config.data.stratified, seed=config.seed
+    )
+    batches = (
+        part
+        for batch in reader.read(calibration, "calibrating int8")
+        for part in batch.images.split(CALIBRATION_BATCH)
+    )
+    example = reader.read_first(dataset.test, 2)
+    _, structure = run_flat(network, example)
+    quantise_file(file, path, _inputs(network, file, batches))
+
+    def score(name: Path, title: str) -> Score:
+        return evaluate(
+            _FileNetwork(name, network, structure),
+            reader.read_shard(dataset.test, title),
+            task=task,
+            metric=metric,
+            known_ms=0.0,
+        )
+
+    return Int8Result(
+        path,
+        path.stat().st_size,
+        len(calibration.labels),
+        score(file, "scoring float"),
+        score(path, "scoring int8"),
+        task,
+        _latency(network, file, path, original, example),
+    )
+
+
+def check_data_is_named(run: Path, config: RunConfig, named: Collection[str]) -> None:
+    """Raise `UsageError` if the run's data come from code that is not named on the command line."""
+    check_named(run, config, {*named, "model.name", "model.forward"})
+
+
+class _FileNetwork(nn.Module):
+    """An ONNX file as a network that takes and returns what the original module does."""
+
+    def __init__(self, path: Path, network: nn.Module, structure: Structure) -> None:
+        super().__init__()
+        self._run = onnx_runner(path)
+        self._inputs = inputs_of(network)
+        self._structure = structure
+
+    def forward(self, images: Tensor) -> object:
+        """Return the file's outputs for a batch."""
+        inputs = (images,) if self._inputs is None else self._inputs.unpack(images)
+        outputs = [torch.from_numpy(array) for array in self._run(*inputs)]
+        return put_together(self._structure, outputs)
+
+
+def _inputs(network: nn.Module, file: Path, batches: Iterator[Tensor]) -> Iterator[Inputs]:
+    names = input_names(file)
+    for images in batches:
+        arrays = (tensor.contiguous().numpy() for tensor in inputs_in(network, images))
+        yield dict(zip(names, arrays, strict=True))
+
+
+def _latency(
+    network: nn.Module, file: Path, path: Path, original: nn.Module | None, example: Tensor
+) -> tuple[FormLatency, ...]:
+    """Return the times of the float and the int8 file, and of the original's, interleaved."""
+    files = {"float": file, "int8": path}
+    with tempfile.TemporaryDirectory() as folder:
+        if original is not None:
+            original = with_inputs(original, inputs_of(network))
+            whole, whole_int8 = Path(folder) / "original.onnx", Path(folder) / "int8.onnx"
+            write_onnx(original, example, whole)
+            few = repeat_to_batch(example, TIMING_IMAGES)
+            quantise_file(whole, whole_int8, _inputs(original, whole, iter([few])))
+            files |= {"original float": whole, "original int8": whole_int8}
+        runners = {name: onnx_runner(file) for name, file in files.items()}
+    latencies = []
+    for batch in LATENCY_BATCHES:
+        inputs = inputs_in(network, repeat_to_batch(example, batch))
+        times = interleaved_medians(
+            {name: partial(run, *inputs) for name, run in runners.items()},
+            LATENCY_ROUNDS,
+        )
+        latencies.append(
+            FormLatency(
+                batch,
+                times["float"],
+                times["int8"],
+                times.get("original float"),
+                times.get("original int8"),
+            )
+        )
+    return tuple(latencies)
