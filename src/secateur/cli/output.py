@@ -20,6 +20,7 @@ from secateur.experiments.evaluate import Evaluation
 from secateur.experiments.inspect import NEEDED, NEEDED_BY
 from secateur.experiments.int8_export import Int8Result
 from secateur.experiments.onnx_export import ExportResult, Latency
+from secateur.experiments.other_formats import FormatResult
 from secateur.experiments.report.benchmark import TextTable
 from secateur.experiments.report.page import count_text, score_rows
 from secateur.models.score import Score, metric_text
@@ -218,6 +219,21 @@ def _show_latency(times: tuple[Latency, ...]) -> None:
             "" if original is None else f"{original / one.pruned_ms:.2f}",
         )
     out().print(table)
+
+
+def show_format(result: FormatResult, *, as_json: bool) -> None:
+    """Print which file was written, and how far its outputs are from the network's."""
+    if as_json:
+        print(json.dumps({**asdict(result), "path": str(result.path)}, indent=1))
+        return
+    error = (
+        "not run here: its engine is on other machines"
+        if result.error is None
+        else f"relative error {result.error:.1e}"
+    )
+    batch = "any number of images" if result.batch is None else f"images at a time: {result.batch}"
+    out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
+    out().print(f"{result.bytes / 1e6:.2f} MB, {batch}; {error}", highlight=False)
 
 
 def _int8_facts(quantised: Int8Result) -> dict[str, Any]:

@@ -55,6 +55,8 @@ ChannelOrder = Literal["rgb", "bgr"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 Action = Literal["channels", "rank", "depth"]
 EngineName = Literal["pytorch", "compile", "onnxruntime", "openvino"]
+FormatName = Literal["openvino", "executorch", "coreml", "aotinductor"]
+"""Formats to export to, besides ONNX."""
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
 TaskKind = Literal[

@@ -44,10 +44,15 @@ def check_packages() -> None:
 
 
 def write_onnx(
-    model: nn.Module, example: Images, path: Path, input_names: Sequence[str] = ("images",)
+    model: nn.Module,
+    example: Images,
+    path: Path,
+    input_names: Sequence[str] = ("images",),
+    opset: int | None = None,
 ) -> int:
     """Write the file of a network in evaluation mode, with the weights inside; return its opset.
 
+    The exporter chooses the `opset` if none is asked for.
     Raises `ExportError` if the network can't be exported or is too large for one file.
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -59,12 +64,19 @@ def write_onnx(
         example = repeat_to_batch(example, 2)
     try:
         with quiet(), evaluating(model), torch.no_grad():
-            return _export(model, example, path, list(input_names))
+            written = _export(model, example, path, list(input_names), opset)
     except Exception as error:  # the exporter raises many unrelated types
         raise ExportError(f"the network can't be exported to ONNX: {cause(error)}") from error
+    if opset not in (None, written):
+        raise ExportError(
+            f"torch's exporter wrote opset {written} in place of {opset}: ask for {written} or more"
+        )
+    return written
 
 
-def _export(model: nn.Module, example: Images, path: Path, input_names: list[str]) -> int:
+def _export(
+    model: nn.Module, example: Images, path: Path, input_names: list[str], opset: int | None
+) -> int:
     """Let torch write the file, and return its opset."""
     outputs, structure = run_flat(model, example)
     is_one = structure == {"tensor": 0}
@@ -72,7 +84,11 @@ def _export(model: nn.Module, example: Images, path: Path, input_names: list[str
     inputs, output_names = inputs_in(model, example), list(names_of(structure))
     if is_one and outputs[0].ndim and outputs[0][0].numel() == outputs[0].shape[1:2].numel():
         output_names = ["logits"]
-    names: dict[str, Any] = {"input_names": input_names, "output_names": output_names}
+    names: dict[str, Any] = {
+        "input_names": input_names,
+        "output_names": output_names,
+        "opset_version": opset,
+    }
     if _torch_release() < FIRST_WITH_EXPORTER:
         import onnx
 

@@ -70,14 +70,16 @@ def export_onnx(
     path: str | Path,
     *,
     forward: Forward | None = None,
+    opset: int | None = None,
     overwrite: bool = False,
 ) -> ExportResult:
     """Export `model`, in evaluation mode, to an ONNX file that takes any number of images.
 
     `example` is a batch of images for the network, or a tuple or a dict of several inputs;
     `forward(model, images)` returns what the file is to return, if that is not what the network
-    returns. The file is checked in onnxruntime on `example` and on uniform and normal noise in
-    `CHECKED_BATCHES`, and kept only if each output differs from PyTorch's by less than `TOLERANCE`.
+    returns. The `opset` is the exporter's if none is asked for. The file is checked in onnxruntime
+    on `example` and on uniform and normal noise in `CHECKED_BATCHES`, and kept only if each output
+    differs from PyTorch's by less than `TOLERANCE`.
     The only input is called `images`, a classifier's output `logits`, and another one `output`.
     Several inputs have the names of the network's parameters, and several outputs those that they
     have in it, such as `boxes` or `features_0`.
@@ -96,7 +98,7 @@ def export_onnx(
     model = with_inputs(with_forward(model, forward), inputs)
     with _folder_beside(path) as folder:
         draft = folder / path.name
-        opset = write_onnx(model, packed, draft, _input_names(inputs, parameters))
+        opset = write_onnx(model, packed, draft, _input_names(inputs, parameters), opset)
         error = _relative_difference(model, packed, draft)
         if not error < TOLERANCE:
             raise ExportError(

@@ -368,7 +368,8 @@ def export_program(model: nn.Module, example: Sequence[Tensor]) -> ExportedProgr
     Of `example`, the network's inputs, only the shape of an image matters. Raises `TraceError` with
     the cause.
     """
-    images = tuple(tensor[:1].expand(2, *tensor.shape[1:]) for tensor in example)
+    # In memory of their own: compiled ahead of time, a program reads every batch as these lie.
+    images = tuple(tensor[:1].expand(2, *tensor.shape[1:]).clone() for tensor in example)
     try:
         with evaluating(model), warnings.catch_warnings():
             # torch 2.6 says it of a network that runs through a user's function; newer ones log it.

@@ -10,7 +10,7 @@ import logging
 import operator
 import platform
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.export import ExportedProgram
 from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -212,6 +213,17 @@ def recompiling(limit: int) -> Iterator[None]:
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     with config.patch({name: limit}):
         yield
+
+
+def compile_ahead_of_time(program: ExportedProgram, path: Path) -> None:
+    """Write the package of a program that `torch.compile`'s compiler makes ahead of time."""
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+def run_compiled(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a package that `compile_ahead_of_time` wrote."""
+    outputs: Any = torch._inductor.aoti_load_package(str(path))(*inputs)
+    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from secateur.cli import options
 from secateur.cli.options import ConfigOptions
-from secateur.config import RunConfig
+from secateur.config import FormatName, RunConfig
+from secateur.runtime.errors import UsageError
 
 KEYS = (options.SOURCE, options.SKIP_UNREADABLE)
+FORMAT_NAMES = get_args(FormatName)
 
 
 def export(
@@ -29,6 +31,13 @@ def export(
             help="Write an int8 file, too (model.int8.onnx), quantised on the run's images.",
         ),
     ] = False,
+    file_format: Annotated[
+        str,
+        typer.Option("--format", help=f"onnx, {', '.join(FORMAT_NAMES)}."),
+    ] = "onnx",
+    opset: Annotated[
+        int | None, typer.Option(help="The ONNX opset (default: the exporter's).", min=1)
+    ] = None,
     latency: Annotated[
         bool,
         typer.Option(
@@ -54,6 +63,9 @@ def export(
     from secateur.graph.forward import with_inputs
     from secateur.models import user_code, zoo
 
+    if file_format != "onnx":
+        _export_as(file_format, run, out, overwrite=overwrite, as_json=as_json)
+        return
     path = out or run / "model.onnx"
     int8_path = path.with_suffix(".int8.onnx")
     check_free(path, overwrite=overwrite)
@@ -66,7 +78,7 @@ def export(
         config = config_options.make(RunConfig, base=run / CONFIG)
         check_data_is_named(run, config, config_options.changes().keys())
     example = torch.zeros(2, *origin.image_shape)
-    result = export_onnx(network, origin.unpacked(example), path, overwrite=overwrite)
+    result = export_onnx(network, origin.unpacked(example), path, opset=opset, overwrite=overwrite)
     name, classes = manifest.architecture, manifest.num_classes
     original = None
     if name is not None and not user_code.is_user_code(name) and manifest.forward is None:
@@ -78,3 +90,27 @@ def export(
         context = output.run_context()
         quantised = export_int8(network, path, int8_path, config, context, original=original)
     output.show_export(result, times, quantised, as_json=as_json)
+
+
+def _export_as(name: str, run: Path, out: Path | None, *, overwrite: bool, as_json: bool) -> None:
+    """Export the pruned network of a run folder to another format than ONNX."""
+    import torch
+
+    from secateur.cli import output
+    from secateur.experiments.other_formats import FORMATS, export_as
+    from secateur.experiments.run_folder import load_pruned, read_origin
+    from secateur.graph.forward import with_inputs
+
+    if name == "torchscript":
+        raise UsageError(
+            "torch advises against TorchScript, which is not developed any more: --format "
+            "aotinductor writes a compiled file for C++, onnx one for every engine"
+        )
+    if name not in FORMATS:
+        raise UsageError(f"there is no format {name!r}: onnx, {', '.join(FORMATS)}")
+    network, origin = load_pruned(run), read_origin(run)
+    path = out or run / f"model{FORMATS[name].suffix}"
+    example = torch.zeros(2, *origin.image_shape)
+    network = with_inputs(network, origin.inputs)
+    result = export_as(name, network, example, path, overwrite=overwrite)
+    output.show_format(result, as_json=as_json)

@@ -1,0 +1,172 @@
+"""Export a network to the formats of other engines than onnxruntime, and check what they compute.
+
+Each format has its package: OpenVINO's intermediate representation, ExecuTorch's `.pte` (XNNPACK),
+Core ML's `.mlpackage`, and the package of `torch.compile`'s ahead-of-time compiler. They are all
+made from PyTorch's ExportedProgram. TorchScript is not among them: torch itself advises against it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from secateur.config import FormatName
+from secateur.engines.flat_network import flat_network, inputs_in, outputs_error, run_flat
+from secateur.engines.onnx_file import Images, cause, quiet
+from secateur.experiments.onnx_export import TOLERANCE
+from secateur.graph.module_state import as_input, evaluating
+from secateur.graph.trace import export_program
+from secateur.runtime.atomic_io import make_folder
+from secateur.runtime.errors import ExportError, UsageError
+from secateur.runtime.timing import repeat_to_batch
+from secateur.runtime.torch_internals import compile_ahead_of_time, run_compiled
+
+Outputs = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class FormatResult:
+    """A network in another format."""
+
+    path: Path
+    format: FormatName
+    bytes: int
+    error: float | None
+    """Largest difference from PyTorch's outputs, relative to the largest absolute output; None
+    where the format can't be run on this machine."""
+    batch: int | None
+    """Images that the file takes at a time; None: any number."""
+
+
+@dataclass(frozen=True)
+class _Format:
+    suffix: str
+    extra: str
+    """The package that it needs."""
+    write: Callable[[ExportedProgram, Path], None]
+    run: Callable[[Path, Sequence[Tensor]], Outputs] | None
+    """None where only other machines can."""
+    batch: int | None = None
+
+
+def export_as(
+    name: FormatName,
+    model: nn.Module,
+    example: Images,
+    path: Path,
+    *,
+    overwrite: bool = False,
+) -> FormatResult:
+    """Write a network in evaluation mode in a format, and check its outputs where it can be run.
+
+    `example` is what `model` takes, with several inputs in one tensor (`with_inputs`). The outputs
+    for uniform noise must differ from PyTorch's by less than `TOLERANCE`, or no file stays. Formats
+    that are written for one image at a time take one.
+
+    Raises:
+        ExportError: the format can't hold the network, or its outputs differ, or `path` exists and
+            `overwrite` is not set.
+        UsageError: the format's package is not installed.
+    """
+    wanted = FORMATS[name]
+    if path.exists() and not overwrite:
+        raise ExportError(f"{path} exists already: choose another file or add --overwrite")
+    example = as_input(model, repeat_to_batch(example, wanted.batch or 2))
+    noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
+    make_folder(path.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        try:
+            with quiet(), evaluating(model), torch.no_grad():
+                network, inputs = flat_network(model), inputs_in(model, example)
+                program = (
+                    export_program(network, inputs)
+                    if wanted.batch is None
+                    else torch.export.export(network, inputs)
+                )
+                wanted.write(program, draft)
+                expected, _ = run_flat(model, noise)
+                outputs = None if wanted.run is None else wanted.run(draft, inputs_in(model, noise))
+        except ImportError as missing:
+            raise UsageError(
+                f"the format {name} needs its package: pip install '{wanted.extra}' "
+                f"(no module {missing.name})"
+            ) from missing
+        except Exception as failure:  # every package raises its own types
+            raise ExportError(
+                f"the network can't be exported to {name}: {cause(failure)}"
+            ) from failure
+        error = None if outputs is None else outputs_error(outputs, expected)
+        if error is not None and not error < TOLERANCE:
+            raise ExportError(
+                f"the outputs of the {name} file differ from the network's: relative difference "
+                f"{error:.1e}, and less than {TOLERANCE:.0e} was expected; no file is written"
+            )
+        parts = sorted(Path(folder).iterdir())
+        size = sum(part.stat().st_size for part in Path(folder).rglob("*") if part.is_file())
+        for part in parts:
+            place = path.parent / part.name
+            if place.is_dir():
+                shutil.rmtree(place)
+            part.replace(place)
+    return FormatResult(path, name, size, error, wanted.batch)
+
+
+def _write_openvino(program: ExportedProgram, path: Path) -> None:
+    import openvino
+
+    openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
+
+
+def _run_openvino(path: Path, inputs: Sequence[Tensor]) -> Outputs:
+    import openvino
+
+    # Without the hint a processor with bfloat16 computes in it, and errs in the second digit.
+    hint = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", hint)
+    results = compiled([tensor.numpy() for tensor in inputs])
+    return [torch.from_numpy(results[output]) for output in compiled.outputs]
+
+
+def _write_executorch(program: ExportedProgram, path: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path.write_bytes(edge.to_executorch().buffer)
+
+
+def _run_executorch(path: Path, inputs: Sequence[Tensor]) -> Outputs:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    outputs: Outputs = [tensor.clone() for tensor in method.execute(list(inputs))]
+    return outputs
+
+
+def _write_coreml(program: ExportedProgram, path: Path) -> None:
+    import coremltools
+
+    # Core ML takes no ONNX files any more, and a program of basic operations only.
+    converted = coremltools.convert(
+        program.run_decompositions({}),
+        source="pytorch",
+        minimum_deployment_target=coremltools.target.iOS17,
+        compute_precision=coremltools.precision.FLOAT32,
+    )
+    converted.save(str(path))
+
+
+FORMATS: dict[FormatName, _Format] = {
+    "openvino": _Format(".xml", "secateur[openvino]", _write_openvino, _run_openvino),
+    "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _run_executorch, batch=1),
+    "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
+    "aotinductor": _Format(".pt2", "torch>=2.6", compile_ahead_of_time, run_compiled),
+}
