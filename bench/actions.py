@@ -122,7 +122,7 @@ def measure(
             if abs(time_left - TIME_LEFT) < NEAR:
                 break
             points.append((budget, time_left))
-            budget = min(0.95, max(0.1, next_budget(points)))
+            budget = min(0.95, max(0.1, next_budget(points, TIME_LEFT)))
         append_measurement(
             RESULTS,
             {
@@ -151,11 +151,11 @@ def load_network(
     return resolve_config(config, dataset, model), dataset, model
 
 
-def next_budget(points: list[tuple[float, float]]) -> float:
+def next_budget(points: list[tuple[float, float]], time_left: float) -> float:
     """Return the budget at which the line through the two nearest points has the wanted time."""
-    (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - TIME_LEFT))[:2]
+    (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - time_left))[:2]
     rise = (y1 - y0) / (x1 - x0) if x1 != x0 else 1.0
-    return x0 + (TIME_LEFT - y0) / (rise if abs(rise) > 0.1 else 1.0)
+    return x0 + (time_left - y0) / (rise if abs(rise) > 0.1 else 1.0)
 
 
 def time_ratios(model: nn.Module, smaller: nn.Module, images: Tensor) -> list[float]:
