@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from secateur.cli.console import err, escaped, out
+from secateur.config import ENGINE_TITLES, EngineName
 from secateur.experiments import run_folder
 from secateur.experiments.evaluate import Evaluation
 from secateur.experiments.inspect import NEEDED, NEEDED_BY
@@ -149,12 +150,12 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
         facts = {**asdict(evaluation.score), **skipped, "notes": evaluation.notes}
         print(json.dumps(facts, indent=1))
         return
-    show_score(evaluation.score, evaluation.task)
+    show_score(evaluation.score, evaluation.task, evaluation.engine)
     show_unreadable(evaluation.unreadable or ())
     show_notes(evaluation.notes)
 
 
-def show_score(score: Score, task: Task) -> None:
+def show_score(score: Score, task: Task, engine: EngineName) -> None:
     """Print a score."""
     table = Table(box=None, show_header=False, pad_edge=False)
     top5, agreement = score.top5_fraction, score.agreement_fraction
@@ -170,7 +171,10 @@ def show_score(score: Score, task: Task) -> None:
         *([] if score.loss is None else [("loss", f"{score.loss:.4f}")]),
         ("MACs", count_text(score.macs)),
         ("parameters", count_text(score.parameters)),
-        ("latency", f"{score.latency_ms:.1f} ms a batch of {score.latency_batch}"),
+        (
+            "latency",
+            f"{score.latency_ms:.1f} ms a batch of {score.latency_batch}, {ENGINE_TITLES[engine]}",
+        ),
     ):
         table.add_row(title, text)
     out().print(table)

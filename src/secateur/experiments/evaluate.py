@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from secateur.config import RunConfig
+from secateur.config import EngineName, RunConfig
 from secateur.data import DataSet
+from secateur.engines.latency import latency_in
+from secateur.engines.registry import find_engine
 from secateur.experiments.run_folder import load_pruned, read_plan
 from secateur.experiments.user_code_keys import check_named
 from secateur.graph.module_state import tensors_of
@@ -29,6 +31,7 @@ from secateur.pipeline.inputs import (
 )
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
+from secateur.runtime import distributed
 from secateur.runtime.device import find_device
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.hashing import weights_hash
@@ -40,6 +43,8 @@ class Evaluation:
 
     score: Score
     task: Task
+    engine: EngineName
+    """What the latency was measured in."""
     notes: tuple[str, ...]
     unreadable: tuple[str, ...] | None
     """Image files that were left out; None if none may be."""
@@ -54,11 +59,12 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     task, metric = task_and_metric(network, network, dataset, config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
     score, predictions = evaluate_and_predict(network, batches, task=task, metric=metric)
+    score = _timed(score, network, dataset, config, run_context)
     doubt = find_doubt_about(predictions, task, has_labels=dataset.has_labels)
     notes = (*describe_inputs(asked, config, dataset), *dataset.notes, *task.notes)
     if doubt is not None:
         notes = (*notes, doubt.note())
-    return Evaluation(score, task, notes, _unreadable(run_context))
+    return Evaluation(score, task, config.plan.engine, notes, _unreadable(run_context))
 
 
 def evaluate_run(
@@ -84,7 +90,14 @@ def evaluate_run(
         _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
     batches = reader.read_shard(dataset.test, "scoring")
     score = evaluate(network, batches, task=task, metric=metric, original=predictions)
-    return Evaluation(score, task, (*dataset.notes, *task.notes, *notes), _unreadable(run_context))
+    score = _timed(score, network, dataset, config, run_context)
+    return Evaluation(
+        score,
+        task,
+        config.plan.engine,
+        (*dataset.notes, *task.notes, *notes),
+        _unreadable(run_context),
+    )
 
 
 def _load_original(
@@ -120,6 +133,22 @@ def task_and_metric(
     task = task_of(original, dataset, config, reader, example, parts)
     metric = metric_of(task, dataset, config, original, run_context)
     return with_metric(task, metric), metric
+
+
+def _timed(
+    score: Score,
+    network: nn.Module,
+    dataset: DataSet,
+    config: RunConfig,
+    run_context: RunContext,
+) -> Score:
+    """Return a score with the latency in the engine that the configuration names."""
+    if config.plan.engine == "pytorch":
+        return score
+    example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
+    engine = find_engine(config.plan.engine)
+    milliseconds, batch = distributed.on_main_process(lambda: latency_in(engine, network, example))
+    return replace(score, latency_ms=milliseconds, latency_batch=batch)
 
 
 def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import options
-from secateur.cli.options import ConfigOptions
+from secateur.cli.options import ConfigOptions, Key
 from secateur.config import RunConfig
 from secateur.runtime.errors import UsageError
 
@@ -18,6 +18,7 @@ KEYS = (
     options.SOURCE,
     *(options.NUM_CLASSES, options.IMAGE_SIZE),
     options.SKIP_UNREADABLE,
+    Key("plan.engine", options.DATA),
 )
 
 

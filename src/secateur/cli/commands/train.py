@@ -53,7 +53,7 @@ def train(
     if as_json:
         print(result.model_dump_json(indent=1))
         return
-    output.show_score(result.score, result.task)
+    output.show_score(result.score, result.task, "pytorch")
     output.show_unreadable(result.unreadable)
     output.show_notes(result.notes)
     console.say(f"weights: {out / WEIGHTS}")
