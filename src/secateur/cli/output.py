@@ -105,11 +105,10 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
             f"{'' if trial.kept else ', too little'}",
             highlight=False,
         )
-    out().print(result.removed_text, highlight=False)
+    out().print(f"{result.removed_text}; {duration_text(seconds)} in all", highlight=False)
     show_unreadable(result.unreadable)
     show_notes(result.notices)
-    summary = f"{verdict(result)}; {duration_text(seconds)} in all"
-    out().print(summary, soft_wrap=True, highlight=False, style="bold")
+    out().print(f"{verdict(result)}.", soft_wrap=True, highlight=False, style="bold")
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 

@@ -136,6 +136,7 @@ def _collect(
     plan = replace(cut.plan, weights=this.weights)
     dependencies = this.context.dependencies
     outcome = RefitOutcome() if refit is None else refit.outcome
+    sensitivity = this.plan_inputs.allocation.sensitivity or {}
     round_stages = (stage.result for stage in (cut, refit, distilled) if stage is not None)
     unreadable = _sorted_union(this.unreadable, this.run_context.unreadable_files)
     if unreadable:
@@ -157,6 +158,7 @@ def _collect(
                 filters=len(group),
                 removed=plan.removed.get(name, ()),
                 scores=tuple(this.plan_inputs.scores.scores[name].tolist()),
+                sensitivity=tuple(float(f"{error:.4g}") for error in sensitivity.get(name, ())),
             )
             for name, group in dependencies.groups.items()
         ),

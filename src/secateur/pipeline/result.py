@@ -68,6 +68,10 @@ class GroupResult(Record):
     scores: tuple[float, ...]
     """By the criterion, in the order of the filters; high scores stay. A filter that was removed in
     an earlier round keeps the score that it had then."""
+    sensitivity: tuple[float, ...] = ()
+    """Estimated error at the output of the original network if its 0, 1, … last-ranked filters go
+    and nothing else does: divergence in nats, of values half their relative squared error. Empty if
+    the allocation did not measure it."""
 
 
 class FrozenResult(Record):
