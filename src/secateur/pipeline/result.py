@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ from secateur.pruning.outcome import (
     RefitCheck,
     SizeTrial,
 )
+from secateur.pruning.sensitivity import sensitivity_rows
 from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
@@ -175,6 +176,15 @@ class RunResult(Record):
     def score(self, stage: Stage) -> Score | None:
         """Return the score of a stage in the last round; None if the run has no such stage."""
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
+
+    @property
+    def sensitivity(self) -> Mapping[str, Sequence[float]]:
+        """The sensitivity curves of the groups that have one; see `GroupResult.sensitivity`."""
+        return {group.name: group.sensitivity for group in self.groups if group.sensitivity}
+
+    def sensitivity_rows(self) -> list[dict[str, str | int | float]]:
+        """Return the sensitivity curves as rows that `pandas.DataFrame` takes."""
+        return sensitivity_rows(self.sensitivity)
 
     @property
     def removed_text(self) -> str:

@@ -119,6 +119,24 @@ def measure_sensitivity(
     return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
 
 
+def sensitivity_rows(sensitivity: Sensitivity) -> list[dict[str, str | int | float]]:
+    """Return sensitivity curves as a table in long form, a row for each number of removed filters.
+
+    `pandas.DataFrame` takes it as it is.
+    """
+    return [
+        {
+            "layer": name,
+            "filters": len(curve) - 1,
+            "removed": removed,
+            "kept_fraction": 1 - removed / (len(curve) - 1),
+            "error": float(error),
+        }
+        for name, curve in sensitivity.items()
+        for removed, error in enumerate(curve)
+    ]
+
+
 class Measurement(abc.ABC):
     """Errors that an edit of the network makes, at its place and at the output."""
 

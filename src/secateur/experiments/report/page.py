@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from markupsafe import Markup
+
 from secateur.experiments.compare.statistics import BenchmarkStatistics
 from secateur.experiments.report.gallery import Gallery, to_json
 from secateur.experiments.report.html import read_script, render
 from secateur.experiments.report.layers import concept_map, layer_rows
+from secateur.experiments.report.sensitivity_chart import make_sensitivity_chart
+from secateur.experiments.report.stage_chart import make_stage_chart
 from secateur.models.score import Score, change_text, metric_text
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.verdict import verdict
@@ -37,8 +41,7 @@ def write_report(
     Raises:
         WriteError: The file can't be written.
     """
-    from secateur.experiments.report.run_charts import tradeoff  # takes a second to import
-
+    removed = {group.name: len(group.removed) for group in result.groups}
     recalibration = result.batchnorm_recalibration
     page = render(
         "report.html.j2",
@@ -47,8 +50,10 @@ def write_report(
         metric=partial(metric_text, unit=result.task.metric_unit),
         cards=_cards(result),
         rows=score_rows(result),
-        tradeoff=tradeoff(result, beside),
+        stage_chart=make_stage_chart(result),
+        tradeoff=_tradeoff(result, beside),
         layers=layer_rows(result, gallery),
+        sensitivity=make_sensitivity_chart(result.sensitivity, removed),
         splits=result.splits,
         dropped=result.dropped,
         concept_map=None if gallery is None else concept_map(gallery),
@@ -61,6 +66,15 @@ def write_report(
         script=read_script("theme.js", "report.js"),
     )
     replace_file(path, page)
+
+
+def _tradeoff(result: RunResult, beside: BenchmarkStatistics | None) -> Markup | None:
+    """Return the chart of accuracy against MACs where there is more than the run to draw."""
+    if beside is None and not result.size_trials:
+        return None
+    from secateur.experiments.report.run_charts import tradeoff  # takes a second to import
+
+    return tradeoff(result, beside).svg()
 
 
 def score_rows(result: RunResult) -> list[dict[str, str]]:

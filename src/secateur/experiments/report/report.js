@@ -216,6 +216,10 @@
     const next = list.children[before];
     if (next) { next.tabIndex = -1; next.focus(); }
   });
+  const places = new Map(data.layers.map((layer, place) => [layer.name, String(place)]));
+  document.querySelectorAll("[data-layer-name]").forEach((button) => {
+    button.dataset.layer = places.get(button.dataset.layerName);
+  });
   document.querySelectorAll("[data-layer], [data-concept]").forEach((button) => {
     button.addEventListener("click", () => {
       controls.reset();

@@ -21,6 +21,7 @@ from secateur.experiments.report.drawing import (
 )
 from secateur.experiments.report.gallery import Gallery
 from secateur.experiments.report.layers import concept_map, filter_heights
+from secateur.experiments.report.stage_chart import is_repaired
 from secateur.pipeline.result import RunResult
 
 KEPT, REMOVED, RUN = COLOURS[2], COLOURS[1], "#000000"
@@ -49,11 +50,12 @@ def tradeoff(result: RunResult, beside: BenchmarkStatistics | None = None) -> Ch
         settings = [setting for setting in beside.settings if setting[0] == name]
         draw_methods(axes, beside, settings, "macs_left")
     _draw_size_trials(axes, result)
-    macs = [stage.score.macs / before.macs for stage in result.stages]
+    shown = [stage for stage in result.stages if not is_repaired(stage, result.stages)]
+    macs = [stage.score.macs / before.macs for stage in shown]
     scale = 100 if result.task.metric_unit == "%" else 1
-    accuracy = [scale * stage.score.metric for stage in result.stages]
+    accuracy = [scale * stage.score.metric for stage in shown]
     axes.plot(macs, accuracy, color=RUN, ls=":", marker="*", ms=9, label="this run")
-    _label_steps(axes, [stage.stage for stage in result.stages], macs, accuracy)
+    _label_steps(axes, [stage.stage for stage in shown], macs, accuracy)
     axes.axhline(accuracy[0], color="#555555", ls="--", lw=1)
     axes.set_xlabel("remaining fraction of MACs")
     unit = result.task.metric_unit
