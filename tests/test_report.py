@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.layers import SHORTEST, filter_heights
 from secateur.experiments.report.page import count_text, score_rows, write_report
 from secateur.experiments.report.run_charts import tradeoff
+from secateur.experiments.report.stage_chart import make_stage_chart
 from secateur.experiments.run import report
 from secateur.models.score import OutputDivergence
+from secateur.pipeline.result import Stage, StageResult
 from secateur.pruning.outcome import BatchNormRecalibration, SizeTrial
 from secateur.runtime.errors import DataError, RunFolderError, WriteError
 from secateur.training.outcome import Distillation, DistillEpoch, Epoch
@@ -188,9 +191,49 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
 def test_a_trade_off_shows_a_benchmark_and_sizes_that_were_tried(digits_run: DigitsRun) -> None:
     trials = (SizeTrial(1.0, 0.99, kept=True), SizeTrial(0.6, 0.9, kept=False))
     drawing = tradeoff(digits_run.result.model_copy(update={"size_trials": trials})).svg()
-    for text in ("this run", "sizes tried (validation images)", ">cut<", ">finetuned<"):
+    for text in ("this run", "sizes tried (validation images)", ">before<", ">finetuned<"):
         assert text in drawing
+    assert ">cut<" not in drawing  # the refit repairs it
     assert "sizes tried" not in tradeoff(digits_run.result).svg()
+
+
+def test_the_axis_of_the_stages_ends_near_their_values(digits_run: DigitsRun) -> None:
+    def stage(name: Stage, metric: float, number: int = 1) -> StageResult:
+        score = replace(digits_run.result.stages[0].score, metric=metric)
+        return StageResult(stage=name, round=number, score=score, seconds=0.0)
+
+    stages = (
+        stage("before", 0.9),
+        stage("cut", 0.1),
+        stage("refit", 0.8),
+        stage("cut", 0.2, 2),
+        stage("refit", 0.85, 2),
+    )
+    chart = make_stage_chart(digits_run.result.model_copy(update={"stages": stages}))
+    assert [(mark.name, mark.text) for mark in chart.marks] == [
+        ("before", "90.00 %"),
+        ("refit", "80.00 %"),
+        ("refit (2)", "85.00 %"),
+    ]
+    assert [mark.place for mark in chart.marks] == pytest.approx([90.32, 9.68, 50], abs=0.01)
+    assert [mark.text for mark in chart.unscaled] == ["10.00 %", "20.00 %"]
+    assert [tick.text for tick in chart.ticks] == ["80", "85", "90"]
+    alone = make_stage_chart(digits_run.result.model_copy(update={"stages": stages[:2]}))
+    assert [mark.name for mark in alone.marks] == ["before", "cut"]
+    assert alone.unscaled == ()
+
+
+def test_sensitivity_is_a_table_too(digits_run: DigitsRun) -> None:
+    rows = digits_run.result.sensitivity_rows()
+    assert len(rows) == sum(group.filters + 1 for group in digits_run.result.groups)
+    group = digits_run.result.groups[0]
+    assert rows[1] == {
+        "layer": group.name,
+        "filters": group.filters,
+        "removed": 1,
+        "kept_fraction": 1 - 1 / group.filters,
+        "error": group.sensitivity[1],
+    }
 
 
 @pytest.mark.parametrize(

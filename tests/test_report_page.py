@@ -82,7 +82,7 @@ def test_a_click_on_a_layer_lists_its_filters(page: Page, digits_run: DigitsRun)
         f"{group.filters} of {sum(g.filters for g in digits_run.result.groups)} filters, "
         f"{group.filters - removed} kept and {removed} removed; {group.filters} shown."
     )
-    assert titles(page) == [title_of(digits_run.result, 1, f) for f in range(group.filters)]
+    assert set(titles(page)) == {title_of(digits_run.result, 1, f) for f in range(group.filters)}
     assert page.evaluate("document.activeElement.id") == "gallery"
     expect(page.get_by_role("heading", name="Filters", exact=True)).to_be_in_viewport()
 
@@ -90,6 +90,7 @@ def test_a_click_on_a_layer_lists_its_filters(page: Page, digits_run: DigitsRun)
 def test_kept_and_removed_are_separate(page: Page, digits_run: DigitsRun) -> None:
     group = digits_run.result.groups[0]
     choice(page, "Layer").select_option(group.name)
+    choice(page, "Sort by").select_option("layer")
     choice(page, "Show").select_option("removed")
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in group.removed]
     assert set(cards(page).locator(".fate").all_text_contents()) == {"Removed"}
@@ -115,7 +116,7 @@ def test_sorting_by_rank_is_by_score(page: Page, digits_run: DigitsRun) -> None:
     expect(page.locator("#filters")).not_to_contain_text("votes")
     choice(page, "Sort by").select_option("worst")
     assert titles(page) == [title_of(digits_run.result, 0, f) for f in reversed(order)]
-    choice(page, "Sort by").select_option("cutoff")
+    choice(page, "Sort by").select_option("limit")
     kept = group.filters - len(group.removed)
     assert set(titles(page)[:2]) == {
         title_of(digits_run.result, 0, order[kept - 1]),
@@ -148,6 +149,81 @@ def test_a_concept_lists_the_filters_that_see_it(page: Page) -> None:
     expect(choice(page, "Concept")).to_have_value(str(concept))
     for text in cards(page).locator("p", has_text="Overlaps").all_text_contents():
         assert text.startswith(f"Overlaps {concept} (IoU ")
+
+
+def test_it_opens_at_the_filters_nearest_to_the_limit(page: Page, digits_run: DigitsRun) -> None:
+    shown = titles(page)
+    places = []
+    for number, group in enumerate(digits_run.result.groups):
+        if not 0 < len(group.removed) < group.filters:
+            continue
+        order = sorted(range(group.filters), key=lambda f: (-group.scores[f], f))
+        kept = group.filters - len(group.removed)
+        pair = [title_of(digits_run.result, number, f) for f in order[kept - 1 : kept + 1]]
+        places.append(shown.index(pair[0]))
+        assert shown[places[-1] + 1] == pair[1]
+    assert places == list(range(0, 2 * len(places), 2))
+
+
+def test_a_link_leads_to_the_same_filters(
+    browser: Browser, page: Page, digits_run: DigitsRun
+) -> None:
+    group = digits_run.result.groups[2]
+    page.locator("#layer-table").get_by_role("button", name=group.name).click()
+    choice(page, "Show").select_option("removed")
+    page.get_by_role("searchbox").fill("& é")
+    page.get_by_role("searchbox").fill(group.name)
+    address, shown = page.url, titles(page)
+    assert len(shown) == len(group.removed)
+    assert f"layer={group.name}&fate=removed" in address
+    other = browser.new_page()
+    other.goto(address)
+    assert titles(other) == shown
+    expect(choice(other, "Show")).to_have_value("removed")
+    other.close()
+    page.go_back()  # to where the layer was not chosen
+    expect(choice(page, "Layer")).to_have_value("")
+
+
+def test_images_name_their_classes(page: Page, digits_run: DigitsRun) -> None:
+    caption = cards(page).first.locator("figcaption").first
+    assert caption.text_content() in digits_run.result.class_names
+
+
+def test_a_printed_page_has_its_pictures(page: Page) -> None:
+    expect(page.locator("#filters canvas:not([data-drawn])")).to_have_count(0)  # without scrolling
+    pdf = page.pdf(format="A4")
+    assert pdf.startswith(b"%PDF")
+    assert pdf.count(b"/Subtype /Image") >= page.locator("#filters canvas").count()
+    page.emulate_media(media="print", color_scheme="dark")
+    assert background(page) == "rgb(251, 251, 248)"
+    expect(page.locator("#controls")).to_be_hidden()
+
+
+def test_the_chart_of_stages_is_zoomed_to_its_values(page: Page, digits_run: DigitsRun) -> None:
+    chart = page.locator(".stages > svg")
+    first, last = digits_run.result.stages[0], digits_run.result.stages[-1]
+    label = str(chart.get_attribute("aria-label"))
+    assert label.startswith(f"top-1 by stage: before {100 * first.score.metric:.2f} %, refit ")
+    assert label.endswith(f"finetuned {100 * last.score.metric:.2f} %")
+    assert "cut" not in label
+    expect(page.locator(".stages")).to_contain_text("Right after the cut, before any repair: ")
+    ink = "getComputedStyle(document.querySelector('.stages text')).fill"
+    light = page.evaluate(ink)
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(ink) != light
+
+
+def test_sensitivity_is_shown_beside_the_plan(page: Page, digits_run: DigitsRun) -> None:
+    tiles = page.locator(".tiles > li")
+    assert tiles.count() == len(digits_run.result.groups)
+    group = digits_run.result.groups[1]
+    kept = group.filters - len(group.removed)
+    error = group.sensitivity[len(group.removed)]
+    text = f"{group.filters} → {kept} filters, loses {error:.2g}"
+    expect(tiles.nth(1)).to_contain_text(text)
+    tiles.nth(1).get_by_role("button").click()
+    expect(choice(page, "Layer")).to_have_value("1")
 
 
 def test_more_filters_are_shown_on_request(page: Page) -> None:
@@ -267,6 +343,7 @@ def test_the_outline_is_where_the_filter_is_active(page: Page, digits_run: Digit
     layer = content["layers"][0]
     filter_ = int(layer["cells"][:, 0].float().mean((1, 2)).argmax())
     choice(page, "Layer").select_option(layer["name"])
+    choice(page, "Sort by").select_option("layer")
     canvas = cards(page).nth(filter_).locator("canvas").first
     canvas.scroll_into_view_if_needed()
     expect(canvas).to_have_attribute("data-drawn", "yes")

@@ -8,6 +8,7 @@ order, as in every published network. `imagenet_classes.txt` lists the ids as ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def class_names() -> dict[str, str]:
     """Return a name for each WordNet id, in the order of the labels."""
     text = resources.files("secateur.data").joinpath("imagenet_classes.txt").read_text("utf-8")
     return {wnid: name for wnid, _, name in (line.partition(" ") for line in text.splitlines())}
+
+
+def readable_class_names(names: Sequence[str], classes: int) -> tuple[str, ...]:
+    """Return the names of a network's classes as people read them.
+
+    WordNet ids, the names of ImageNet's folders, become words. Without names a network of as many
+    classes as ImageNet has its classes.
+    """
+    words = class_names()
+    if not names:
+        return tuple(words.values()) if classes == len(words) else ()
+    return tuple(words.get(name, name) for name in names)
 
 
 def _read(directory: Path, kind: str) -> Splits:

@@ -14,6 +14,7 @@ from secateur import data
 from secateur.config import RunConfig
 from secateur.data import DataSet, Images, split_calibration
 from secateur.data.batch_reader import BatchReader
+from secateur.data.imagenet import readable_class_names
 from secateur.engines.latency import latency_in
 from secateur.engines.registry import find_engine
 from secateur.graph.build import build_dependency_graph
@@ -138,7 +139,7 @@ def make_scoring_context(
         source_names,
         dependencies.graph,
         state,
-        dataset.class_names,
+        context_class_names(dataset, task, dependencies),
         reader.preprocessing,
         task,
     )
@@ -174,6 +175,15 @@ def make_scoring_context(
         config.refit.memory_bytes,
         notes,
     )
+
+
+def context_class_names(
+    dataset: DataSet, task: Task, dependencies: DependencyGraph
+) -> tuple[str, ...]:
+    """Return the names of the classes as the concepts and the report show them."""
+    if task.kind != "single-label":
+        return dataset.class_names
+    return readable_class_names(dataset.class_names, task.concept_count(dependencies.graph.output))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,11 @@ from secateur.graph.taps import as_maps
 from secateur.pipeline.dissect import dissect_network
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
-from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.pipeline.scoring_context import (
+    ScoringContext,
+    context_class_names,
+    make_scoring_context,
+)
 from secateur.runtime.packed_inputs import Inputs
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
@@ -204,10 +208,15 @@ def _jpeg(pixels: UInt8[Tensor, "rgb height width"]) -> bytes:
 
 
 def _class_names(context: ScoringContext, shown: Tensor, dataset: DataSet) -> tuple[str, ...]:
-    """Return class names; empty for images that came with the concepts, or have no one class."""
+    """Return the class name of each image.
+
+    It is empty for images that came with the concepts, have no label, or have no one class.
+    """
     images, kind = context.calibration, context.task.kind
     has_classes = kind in ("single-label", "binary") and not isinstance(images, AnnotatedImages)
-    names = dataset.class_names if has_classes else ()
+    names: tuple[str, ...] = ()
+    if has_classes and dataset.has_labels:
+        names = context_class_names(dataset, context.task, context.dependencies)
     labels = images.labels[shown].tolist()
     return tuple(names[label] if 0 <= label < len(names) else "" for label in labels)
 

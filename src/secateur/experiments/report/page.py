@@ -59,6 +59,7 @@ def write_report(
         concept_map=None if gallery is None else concept_map(gallery),
         gallery=gallery,
         own_regions=any(name in result.concept_sources for name in COMPUTED_SOURCES),
+        refit_most=_longest_bar(result),
         recalibration=None if recalibration is None else _recalibration_text(recalibration),
         config=result.config.model_dump(mode="json"),
         environment=result.environment.model_dump(),
@@ -75,6 +76,17 @@ def _tradeoff(result: RunResult, beside: BenchmarkStatistics | None) -> Markup |
     from secateur.experiments.report.run_charts import tradeoff  # takes a second to import
 
     return tradeoff(result, beside).svg()
+
+
+def _longest_bar(result: RunResult) -> float:
+    """Return the error that the longest bar of the refit stands for.
+
+    Errors as cut may be many times the variance; bars longer than it are marked.
+    """
+    fitted = [layer for layer in result.refit if not layer.note]
+    refit = max((layer.error_refit for layer in fitted), default=1.0)
+    cut = max((layer.error_cut for layer in fitted), default=1.0)
+    return max(refit, min(cut, 1.0)) or 1.0
 
 
 def score_rows(result: RunResult) -> list[dict[str, str]]:

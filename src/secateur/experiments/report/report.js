@@ -38,9 +38,12 @@
     best: (a, b) => a.rank / a.of - b.rank / b.of || a.layer - b.layer,
     worst: (a, b) => b.rank / b.of - a.rank / a.of || a.layer - b.layer,
     iou: (a, b) => b.iou - a.iou || a.layer - b.layer || a.number - b.number,
-    cutoff: (a, b) => distance(a) - distance(b) || a.layer - b.layer || a.rank - b.rank,
+    limit: (a, b) => distance(a) - distance(b) || a.layer - b.layer || a.rank - b.rank,
   };
-  const distance = (filter) => Math.abs(filter.rank - 0.5 - filter.kept) / filter.of;
+  // Places between a filter and the limit of its layer; a layer that keeps all has none.
+  const distance = (filter) => (filter.kept === filter.of
+    ? filter.of + filter.of - filter.rank
+    : Math.abs(filter.rank - 0.5 - filter.kept));
 
   // --- pictures: an image, darkened where the filter is not active, with the active region outlined ---
   const loaded = new Map();
@@ -112,7 +115,8 @@
     paper.putImageData(pixels, 0, 0);
     canvas.dataset.drawn = "yes";
   };
-  // Draw a picture when it scrolls into view.
+  // Draw a picture when it scrolls into view, and the others while nothing else is to be done, so
+  // that a printed page has them.
   const waiting = new Map();
   const viewer = new IntersectionObserver((entries) => {
     entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => {
@@ -121,6 +125,23 @@
       waiting.delete(target);
     });
   }, { rootMargin: "200px" });
+  const whenIdle = window.requestIdleCallback || ((task) => setTimeout(task, 50));
+  let isIdle = true;
+  const drawWaiting = async () => {
+    for (const [canvas, place] of waiting) {
+      waiting.delete(canvas);
+      viewer.unobserve(canvas);
+      await draw(canvas, ...place);
+      if (waiting.size) await new Promise(whenIdle);
+    }
+    isIdle = true;
+  };
+  const drawLater = () => {
+    if (isIdle) {
+      isIdle = false;
+      whenIdle(drawWaiting);
+    }
+  };
 
   // --- cards ---
   const make = (tag, text, name) => {
@@ -156,8 +177,14 @@
         canvas.setAttribute("role", "img");
         const name = data.classes[image] ? `: ${data.classes[image]}` : "";
         canvas.setAttribute("aria-label", `Top image ${place + 1}${name}`);
-        canvas.title = data.classes[image] || "";
-        row.append(canvas);
+        const picture = make("figure");
+        picture.append(canvas);
+        if (data.classes[image]) {
+          const caption = make("figcaption", data.classes[image]);
+          caption.setAttribute("aria-hidden", "true"); // the picture's label says it
+          picture.append(caption);
+        }
+        row.append(picture);
         waiting.set(canvas, [filter, place]);
         viewer.observe(canvas);
       });
@@ -175,13 +202,14 @@
     const first = shown;
     shown = Math.min(shown + PAGE, chosen.length);
     chosen.slice(first, shown).forEach((filter) => list.append(card(filter)));
+    drawLater();
     more.hidden = shown === chosen.length;
     const kept = chosen.filter((filter) => !filter.removed).length;
     find("count").textContent = chosen.length
       ? `${chosen.length} of ${filters.length} filters, ${kept} kept and ${chosen.length - kept} removed; ${shown} shown.`
       : "No filter matches.";
   };
-  const update = () => {
+  const show = () => {
     const words = find("query").value.toLowerCase().split(/\s+/).filter(Boolean);
     const layer = find("layer").value;
     const concept = find("concept").value;
@@ -206,30 +234,60 @@
   data.layers.forEach((layer, place) => option(find("layer"), String(place), layer.name));
   const named = new Set(filters.filter((filter) => filter.concepts.length).map((filter) => data.concepts[filter.concepts[0][0]]));
   [...named].sort().forEach((name) => option(find("concept"), name, name));
+  const places = new Map(data.layers.map((layer, place) => [layer.name, String(place)]));
   const controls = find("controls");
+  // The address holds what the controls show, so that a link leads to the same filters.
+  const START = "#gallery?";
+  const fields = ["query", "layer", "concept", "fate", "sort"].map(find);
+  const inAddress = (field, value) => (field.id === "layer" && value !== "" ? data.layers[value].name : value);
+  const usual = new Map(fields.map((field) => [field.id, field.value]));
+  const address = () => {
+    const state = new URLSearchParams();
+    fields.forEach((field) => {
+      if (field.value !== usual.get(field.id)) state.set(field.id, inAddress(field, field.value));
+    });
+    return START + state;
+  };
+  const read = () => {
+    const isGallery = location.hash.startsWith(START);
+    const state = new URLSearchParams(isGallery ? location.hash.slice(START.length) : "");
+    fields.forEach((field) => {
+      const asked = state.get(field.id);
+      const value = field.id === "layer" ? places.get(asked) : asked;
+      field.value = value ?? usual.get(field.id);
+      if (field.value !== (value ?? usual.get(field.id))) field.value = usual.get(field.id);
+    });
+    show();
+    if (isGallery) find("gallery").scrollIntoView();
+  };
+  const update = () => {
+    history.replaceState(null, "", address());
+    show();
+  };
   controls.addEventListener("submit", (event) => event.preventDefault());
   controls.addEventListener("input", update);
   controls.addEventListener("reset", () => setTimeout(update));
+  window.addEventListener("popstate", () => { if (location.hash === "" || location.hash.startsWith(START)) read(); });
   more.addEventListener("click", () => {
     const before = list.children.length;
     showMore();
     const next = list.children[before];
     if (next) { next.tabIndex = -1; next.focus(); }
   });
-  const places = new Map(data.layers.map((layer, place) => [layer.name, String(place)]));
   document.querySelectorAll("[data-layer-name]").forEach((button) => {
     button.dataset.layer = places.get(button.dataset.layerName);
   });
   document.querySelectorAll("[data-layer], [data-concept]").forEach((button) => {
     button.addEventListener("click", () => {
-      controls.reset();
+      fields.forEach((field) => { field.value = usual.get(field.id); });
       if (button.dataset.layer) find("layer").value = button.dataset.layer;
       if (button.dataset.concept) find("concept").value = button.dataset.concept;
-      update();
+      history.pushState(null, "", address());
+      show();
       const heading = find("gallery");
       heading.focus();
       heading.scrollIntoView();
     });
   });
-  update();
+  read();
 })();
