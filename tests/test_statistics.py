@@ -20,8 +20,15 @@ from secateur.experiments.compare.job import JobResult
 from secateur.experiments.compare.results import Row, read_rows, row_of, to_lines
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.compare.statistics import Difference, compute_statistics, paired
-from secateur.experiments.report.benchmark import CHARTS, PAGE, tables, write_benchmark
+from secateur.experiments.report.benchmark import (
+    CHARTS,
+    PAGE,
+    TextTable,
+    tables,
+    write_benchmark,
+)
 from secateur.experiments.report.benchmark_charts import benchmark_charts
+from secateur.experiments.report.benchmark_summary import benchmark_verdict, protocol
 from secateur.pipeline.result import RunResult
 from secateur.runtime.errors import RunFolderError
 
@@ -208,6 +215,50 @@ def test_tables_show_the_statistics(spec: BenchmarkSpec, results: list[JobResult
     assert failed.rows == (("net, random, macs=0.7, seed 2", HOSTILE),)
     assert "&lt;img" in failed.markdown()
     assert "\\|" in failed.markdown()
+
+
+def test_the_verdict_is_no_stronger_than_the_tables(
+    spec: BenchmarkSpec, results: list[JobResult]
+) -> None:
+    text = benchmark_verdict(compute_statistics(rows(results), "l1"))
+    assert text.startswith("vote is best in the mean over 2 settings, with 86.00 % top-1: 0.50 ")
+    assert text.endswith("; not significant)")
+    as_baseline = benchmark_verdict(compute_statistics(rows(results), "vote"))
+    assert as_baseline.endswith("86.00 % top-1; l1 is not significantly different")
+    one_seed = [result for result in results if result.seed == 0]
+    assert "one seed can't tell" in benchmark_verdict(compute_statistics(rows(one_seed), "vote"))
+    nothing = [job_result("vote", "macs=0.7", 0, None)]
+    text = benchmark_verdict(compute_statistics(rows(nothing), spec.compared_with))
+    assert text == "No method has finished every setting"
+
+
+def test_the_protocol_says_what_was_compared(spec: BenchmarkSpec) -> None:
+    finetune = spec.finetune.model_copy(update={"epochs": 10})
+    assert protocol(spec.model_copy(update={"finetune": finetune})).startswith(
+        "1 network (net) × 3 criteria × 2 targets (macs=0.7, macs=0.5) × 3 seeds, on digits with "
+        "2000 calibration images. Every method runs the same steps: refit, no distillation, "
+        "fine-tuned for 10 epochs. Accuracy is that after the last step, on the test images"
+    )
+
+
+def test_a_table_in_latex_has_rules_of_booktabs() -> None:
+    table = TextTable("Top_1", ("method", "50 %"), (("a_b", "1.0 ± 0.1"), ("c", "–")), "A → B.")
+    assert table.latex() == "\n".join(
+        (
+            r"\begin{table}",
+            r"\centering",
+            r"\caption{Top\_1. A $\to$ B.}",
+            r"\begin{tabular}{lr}",
+            r"\toprule",
+            r"method & 50 \% \\",
+            r"\midrule",
+            r"a\_b & 1.0 $\pm$ 0.1 \\",
+            r"c & -- \\",
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        )
+    )
 
 
 @pytest.mark.slow

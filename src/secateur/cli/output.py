@@ -112,8 +112,8 @@ def show_run(result: RunResult, folder: Path, seconds: float, *, as_json: bool) 
     out().print(f"report: {folder / run_folder.REPORT}", soft_wrap=True, highlight=False)
 
 
-def show_benchmark(tables: Sequence[TextTable]) -> None:
-    """Print the tables of a benchmark."""
+def show_benchmark(tables: Sequence[TextTable], verdict_text: str) -> None:
+    """Print the tables of a benchmark, and its verdict."""
     for table in tables:
         shown = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
         for number, head in enumerate(table.heads):
@@ -122,6 +122,7 @@ def show_benchmark(tables: Sequence[TextTable]) -> None:
             shown.add_row(*map(escaped, line))
         out().print(shown)
         out().print(escaped(table.note), highlight=False)
+    out().print(f"{escaped(verdict_text)}.", soft_wrap=True, highlight=False, style="bold")
 
 
 def show_unreadable(names: Sequence[str]) -> None:

@@ -61,6 +61,7 @@ def compare(
     from secateur.experiments.compare.statistics import compute_statistics
     from secateur.experiments.report.benchmark import PAGE, write_benchmark
     from secateur.experiments.report.benchmark import tables as text_tables
+    from secateur.experiments.report.benchmark_summary import benchmark_verdict
     from secateur.runtime.device import find_device
 
     spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights).on_device(device)
@@ -79,7 +80,8 @@ def compare(
     if as_json:
         print(json.dumps([row.model_dump() for row in rows], indent=1))
     else:
-        output.show_benchmark(text_tables(compute_statistics(rows, spec.compared_with)))
+        statistics = compute_statistics(rows, spec.compared_with)
+        output.show_benchmark(text_tables(statistics), benchmark_verdict(statistics))
         console.say(f"page: {out / PAGE}")
     if any(job.outcome == "failed" for job in jobs):
         raise SecateurError("some jobs failed: --retry runs them again")

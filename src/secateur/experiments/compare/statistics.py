@@ -84,9 +84,10 @@ class BenchmarkStatistics:
         Seeds that lack a setting don't count.
         """
         step = self.step / math.sqrt(len(self.measured) or 1)
-        return paired(self._means(method), self._means(self.baseline), step)
+        return paired(self.means(method), self.means(self.baseline), step)
 
-    def _means(self, method: str) -> dict[int, float]:
+    def means(self, method: str) -> dict[int, float]:
+        """Return the mean top-1 in % over the measured settings, by seed; without partial ones."""
         by_setting = [self.values(method, setting) for setting in self.measured]
         seeds = set.intersection(*(set(values) for values in by_setting)) if by_setting else set()
         return {seed: statistics.mean(values[seed] for values in by_setting) for seed in seeds}

@@ -1,4 +1,4 @@
-"""The results of a benchmark as tables: text, Markdown, one HTML page, CSV and JSON lines."""
+"""The results of a benchmark as tables: text, Markdown, LaTeX, one HTML page, CSV, JSON lines."""
 
 from __future__ import annotations
 
@@ -22,13 +22,30 @@ from secateur.experiments.compare.statistics import (
     Setting,
     compute_statistics,
 )
+from secateur.experiments.report.benchmark_summary import benchmark_verdict, protocol
 from secateur.experiments.report.html import read_script, render
 from secateur.pipeline.result import Stage
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
 
 ROWS, CSV, MARKDOWN, PAGE = "jobs.jsonl", "jobs.csv", "benchmark.md", "benchmark.html"
+LATEX = "benchmark.tex"
 CHARTS = "charts"
 SIZES = ("macs", "parameters", "latency")
+IN_LATEX = {
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "–": "--",
+    "<": "$<$",
+    ">": "$>$",
+    "\n": " ",
+}
+"""What a letter is in LaTeX."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,22 @@ class TextTable:
         text = "\n".join(f"| {' | '.join(map(_escape, line))} |" for line in lines)
         return f"{text}\n\n{self.note}" if self.note else text
 
+    def latex(self) -> str:
+        """Return the table for a LaTeX document that uses the package booktabs."""
+        head, *lines = (" & ".join(map(_latex, line)) + r" \\" for line in (self.heads, *self.rows))
+        caption = f"{self.title}. {self.note}".strip()
+        return "\n".join(
+            (
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{_latex(caption)}}}",
+                rf"\begin{{tabular}}{{l{'r' * (len(self.heads) - 1)}}}",
+                *(r"\toprule", head, r"\midrule", *lines, r"\bottomrule"),
+                r"\end{tabular}",
+                r"\end{table}",
+            )
+        )
+
 
 def write_benchmark(
     folder: Path, spec: BenchmarkSpec, results: Sequence[JobResult], command: str | None = None
@@ -60,8 +93,13 @@ def write_benchmark(
     replace_file(folder / CSV, text.getvalue())
     stats = compute_statistics(rows, spec.compared_with)
     text_tables = tables(stats)
+    summary, protocol_text = f"{benchmark_verdict(stats)}.", protocol(spec)
     sections = [f"## {table.title}\n\n{table.markdown()}\n" for table in text_tables]
-    replace_file(folder / MARKDOWN, "\n".join(sections))
+    opening = f"**{_escape(summary)}**\n\n{_escape(protocol_text)}\n"
+    replace_file(folder / MARKDOWN, "\n".join([opening, *sections]))
+    heading = "% Needs \\usepackage{booktabs}.\n"
+    latex = "\n\n".join(table.latex() for table in text_tables)
+    replace_file(folder / LATEX, f"{heading}\n{latex}\n")
     # Takes a second to import.
     from secateur.experiments.report.benchmark_charts import benchmark_charts
 
@@ -72,6 +110,8 @@ def write_benchmark(
         chart.write_png(folder / CHARTS)
     page = render(
         "benchmark.html.j2",
+        verdict=summary,
+        protocol=protocol_text,
         tables=text_tables,
         charts=charts,
         config=spec.model_dump(mode="json", exclude_unset=True),
@@ -255,6 +295,10 @@ def _difference(difference: Difference | None) -> str:
     if difference.seeds == 1:
         return mean
     return f"{mean} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def _latex(text: str) -> str:
+    return "".join(IN_LATEX.get(letter, letter) for letter in text)
 
 
 def _escape(text: str) -> str:
