@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -31,6 +33,7 @@ from secateur.experiments import onnx_export as export
 from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
 from secateur.models import zoo
+from secateur.pruning.sensitivity import SENSITIVITY_COLUMNS
 from secateur.runtime.timing import Rounds
 from secateur.scoring import concepts
 
@@ -288,9 +291,17 @@ def test_inspect_writes_pictures(call: Call, model_file: Path, tmp_path: Path) -
     ]
     outcome = call(*common, "--calibration-images", 60, "--pictures", folder, "--json")
     assert outcome.code == 0
-    layers = {group["layer"] for group in json.loads(outcome.out)["groups"]}
-    assert {path.name for path in folder.iterdir()} == {f"{layer}.png" for layer in layers}
-    for path in folder.iterdir():
+    groups = json.loads(outcome.out)["groups"]
+    pictures = {f"{group['layer']}.png" for group in groups}
+    assert {path.name for path in folder.iterdir()} == {*pictures, "index.html"}
+    index = (folder / "index.html").read_text()
+    for group in groups:
+        best = max(concept["iou"] for concept in group["concepts"])
+        part = index.partition(f'src="{group["layer"]}.png"')[2]
+        numbers = re.findall(r"<tr><td>(\d+)</td><td>[^<]*</td><td>([\d.]+)</td>", part)
+        assert float(numbers[0][1]) == pytest.approx(best, abs=1e-3)
+        assert f"{group['filters']} filters" in index
+    for path in map(folder.joinpath, pictures):
         with Image.open(path) as picture:
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(2**24) or ()) > 10
@@ -326,6 +337,27 @@ def test_inspect_with_annotated_concepts_needs_no_data(
     seen = {concept["concept"] for group in printed["groups"] for concept in group["concepts"]}
     assert seen <= {"left", "right"}
     assert call(*common, *source).code == 0  # with as many classes as the function gives
+
+
+def test_inspect_shows_and_writes_the_sensitivity(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    network = ["inspect", "-m", f"{model_file}:small", "--allow-untrained", "-d", "digits"]
+    common = [*network, "--image-size", 32, "--calibration-images", 60, "--criterion", "l1"]
+    table = tmp_path / "curves.csv"
+    outcome = call(*common, "--sensitivity", table)
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[1].split() == ["layer", "filters", "−25%", "−50%", "−75%"]
+    assert lines[-1] == f"written: {table}"
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    assert tuple(rows[0]) == SENSITIVITY_COLUMNS
+    conv1 = [float(row["error"]) for row in rows if row["layer"] == "conv1"]
+    assert conv1[0] == 0
+    assert max(conv1) > 0
+    assert f"{conv1[round(0.5 * (len(conv1) - 1))]:.3g}" in lines[2].split()
+    assert call(*common, "--sensitivity", tmp_path / "curves.png").code == 2
+    assert call(*common, "--sensitivity", table, "--layer", "conv1").code == 2
 
 
 def test_inspect_one_layer(call: Call, model_file: Path) -> None:

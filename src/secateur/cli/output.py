@@ -30,6 +30,7 @@ from secateur.pipeline.estimate import Estimate
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
+from secateur.pruning.sensitivity import Sensitivity, sensitivity_rows
 from secateur.runtime import distributed
 from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import (
@@ -44,6 +45,8 @@ from secateur.runtime.trackers import Tracker
 
 HEAD = 12
 """Characters of a line of a table's head."""
+SENSITIVITY_SHOWN = (0.25, 0.5, 0.75)
+"""Removed fractions that sensitivities are printed for; bars are those of the second."""
 BAR = 8
 """Characters of the longest bar."""
 
@@ -284,6 +287,31 @@ def show_int8(quantised: Int8Result) -> None:
     advice = quantised.advice
     if advice:
         show_notes([advice])
+
+
+def show_sensitivity(sensitivity: Sensitivity, path: Path, *, as_json: bool) -> None:
+    """Print what the output loses if some of the filters of a layer go, and the file's path."""
+    if as_json:
+        print(json.dumps(sensitivity_rows(sensitivity), indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("filters", justify="right")
+    for removed in SENSITIVITY_SHOWN:
+        table.add_column(f"−{removed:.0%}", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    errors = {
+        name: [curve[round(removed * (len(curve) - 1))] for removed in SENSITIVITY_SHOWN]
+        for name, curve in sensitivity.items()
+    }
+    largest = max((row[1] for row in errors.values()), default=0.0) or 1.0
+    for name, row in errors.items():
+        bar = "█" * round(BAR * row[1] / largest)
+        filters = str(len(sensitivity[name]) - 1)
+        table.add_row(escaped(name), filters, *(f"{error:.3g}" for error in row), bar)
+    out().print("error at the output if some of the filters of one layer go, the worst first")
+    out().print(table)
+    out().print(f"written: {path}", soft_wrap=True, highlight=False)
 
 
 def show_groups(inspection: dict[str, Any]) -> None:

@@ -18,27 +18,32 @@ from secateur.scoring.dissection import TopFeatures
 SIDE = 96
 """Side of an image, in pixels."""
 MOST_FILTERS = 64
-"""Only the filters with the smallest numbers are drawn."""
+"""Filters of a layer that are drawn, at most."""
 LABEL_WIDTH = 150
 
 
 def draw_layer(
-    path: Path, context: ScoringContext, top: TopFeatures, labels: Sequence[str]
+    path: Path,
+    context: ScoringContext,
+    top: TopFeatures,
+    labels: Sequence[str],
+    order: Sequence[int],
 ) -> None:
     """Write a PNG with one row per filter: its number, its label and its top images.
 
-    Images are darkened where the filter does not exceed its threshold.
+    The first of the filters in `order` are drawn, in that order. Images are darkened where the
+    filter does not exceed its threshold.
     """
-    filters = min(len(top.indices), MOST_FILTERS)
+    drawn = list(order[:MOST_FILTERS])
     width = LABEL_WIDTH + top.indices.shape[1] * (SIDE + 2)
-    sheet = Image.new("RGB", (width, filters * (SIDE + 2)), "white")
+    sheet = Image.new("RGB", (width, len(drawn) * (SIDE + 2)), "white")
     text = ImageDraw.Draw(sheet)
-    images, positions = top.indices[:filters].unique(return_inverse=True)
+    images, positions = top.indices[drawn].unique(return_inverse=True)
     pixels = context.calibration.read(images, context.reader.preprocessing)
-    for number in range(filters):
-        upper = number * (SIDE + 2)
+    for row, number in enumerate(drawn):
+        upper = row * (SIDE + 2)
         text.text((4, upper + SIDE // 2 - 12), f"{number}\n{labels[number][:22]}", fill="black")
-        for column, index in enumerate(positions[number].tolist()):
+        for column, index in enumerate(positions[row].tolist()):
             tile = _tile(pixels[index], top.regions[number, column])
             sheet.paste(Image.fromarray(tile.numpy()), (LABEL_WIDTH + column * (SIDE + 2), upper))
     content = io.BytesIO()

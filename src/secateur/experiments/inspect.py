@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
-from secateur.experiments.filter_pictures import draw_layer
+from secateur.experiments.filter_pictures import MOST_FILTERS, draw_layer
+from secateur.experiments.report.dissection_page import by_iou, write_index
 from secateur.models.evaluate import evaluate_and_predict
 from secateur.models.plausibility import find_doubt_about
 from secateur.pipeline.dissect import NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.pruning.plan_inputs import make_plan_inputs
+from secateur.pruning.sensitivity import Sensitivity
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import UnknownName
@@ -63,8 +66,8 @@ def inspect_network(
 
     `needed` counts the filters that hold `NEEDED` of a layer's votes by `NEEDED_BY`; `top_regions`
     is where each filter is active in its first top image. Every calibration image counts for
-    statistics and thresholds. `pictures` is a folder for one PNG per layer, made if need be. Raises
-    `SecateurError`.
+    statistics and thresholds. `pictures` is a folder for `index.html` and one PNG per layer, made
+    if need be. Raises `SecateurError`.
     """
     for name in criterion_names:
         check_names(_with_score(config, criterion=name))
@@ -84,9 +87,12 @@ def inspect_network(
     dependencies = context.dependencies
     if pictures is not None and distributed.is_main_process():
         make_folder(pictures)
+        concepts = {name: dissection.concepts(group) for name, group in dependencies.groups.items()}
         for name, group in dependencies.groups.items():
-            labels = [f"{best.concept} {best.iou:.2f}" for best in dissection.concepts(group)]
-            draw_layer(pictures / f"{name}.png", context, dissection.top(group), labels)
+            labels = [f"{best.concept} {best.iou:.2f}" for best in concepts[name]]
+            order = by_iou(concepts[name])
+            draw_layer(pictures / f"{name}.png", context, dissection.top(group), labels, order)
+        write_index(pictures, config.model.name, concepts, MOST_FILTERS)
     return {
         "model": config.model.name,
         "macs": dependencies.macs(),
@@ -101,6 +107,37 @@ def inspect_network(
             for group in dependencies.frozen
         ],
     }
+
+
+def measure_network_sensitivity(
+    config: RunConfig, run_context: RunContext | None = None
+) -> Sensitivity:
+    """Return what a network loses if filters of one layer go, for every prunable layer.
+
+    The filters go in the order of the configuration's criterion; see `pruning.sensitivity`. Nothing
+    is cut, and no label is used but by criteria that need them. Raises `SecateurError`.
+    """
+    names = (config.score.criterion,)
+    check_names(config)
+    plan = config.plan.model_copy(update={"allocation": "sensitivity", "target": "macs=1.0"})
+    config = config.model_copy(update={"plan": plan})
+    run_context = (run_context or RunContext()).collecting_unreadable(config)
+    dataset, network = load_inputs(config)
+    config = resolve_config(config, dataset, network)
+    context = make_scoring_context(network, dataset, config, run_context, criterion_names=names)
+    inputs = make_plan_inputs(
+        network,
+        context.dependencies,
+        context.plan_images,
+        context.criteria,
+        context.source,
+        config.score,
+        config.plan,
+        progress=run_context.progress,
+    )
+    sensitivity = inputs[names[0]].allocation.sensitivity
+    assert sensitivity is not None
+    return sensitivity
 
 
 def _doubts(

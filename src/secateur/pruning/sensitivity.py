@@ -72,6 +72,10 @@ Sensitivity = Mapping[str, Sequence[float]]
 """`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
 
 
+SENSITIVITY_COLUMNS = ("layer", "filters", "removed", "kept_fraction", "error")
+"""Columns of the curves as a table."""
+
+
 @full_float32()
 def measure_sensitivity(
     state: Tensors,
@@ -125,13 +129,13 @@ def sensitivity_rows(sensitivity: Sensitivity) -> list[dict[str, str | int | flo
     `pandas.DataFrame` takes it as it is.
     """
     return [
-        {
-            "layer": name,
-            "filters": len(curve) - 1,
-            "removed": removed,
-            "kept_fraction": 1 - removed / (len(curve) - 1),
-            "error": float(error),
-        }
+        dict(
+            zip(
+                SENSITIVITY_COLUMNS,
+                (name, len(curve) - 1, removed, 1 - removed / (len(curve) - 1), float(error)),
+                strict=True,
+            )
+        )
         for name, curve in sensitivity.items()
         for removed, error in enumerate(curve)
     ]

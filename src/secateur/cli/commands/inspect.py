@@ -59,8 +59,17 @@ def inspect(
         Path | None,
         typer.Option(
             "--pictures",
-            help="Folder for one picture per layer: each filter's top images, bright where the "
-            "filter is above its threshold.",
+            help="Folder for index.html and one picture per layer: each filter's top images, "
+            "bright where the filter is above its threshold.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            help="Show instead what the output loses if filters of one layer go, and write the "
+            "curves to this file: .html or .csv.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -76,9 +85,17 @@ def inspect(
     if pictures is not None and not pictures.parent.is_dir():
         raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
 
+    if sensitivity is not None and (layer is not None or pictures is not None):
+        raise UsageError("--sensitivity excludes --layer and --pictures: run inspect once for each")
+
     from secateur import data
     from secateur.cli import output
-    from secateur.experiments.inspect import group_of, inspect_network
+    from secateur.experiments.inspect import (
+        group_of,
+        inspect_network,
+        measure_network_sensitivity,
+    )
+    from secateur.experiments.report.sensitivity_chart import check_path, write_sensitivity
     from secateur.pipeline.inputs import check_weights
     from secateur.scoring.concepts import annotated_images
 
@@ -90,6 +107,12 @@ def inspect(
         changes["data.source"] = data.NONE
     config = config_options.make(RunConfig, changes=changes)
     check_weights(config)
+    if sensitivity is not None:
+        check_path(sensitivity)
+        curves = measure_network_sensitivity(config, output.run_context())
+        write_sensitivity(sensitivity, config.model.name, curves)
+        output.show_sensitivity(curves, sensitivity, as_json=as_json)
+        return
     inspection = inspect_network(config, names, output.run_context(), pictures=pictures)
     if as_json:
         print(json.dumps(inspection, indent=1))

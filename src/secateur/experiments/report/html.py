@@ -29,18 +29,22 @@ class Script:
     """The JavaScript of a page. The page's policy allows only this text, by its hash."""
 
     text: Markup
+    shows_files: bool = False
+    """Whether the page shows picture files beside it."""
 
     @property
     def policy(self) -> str:
-        """The content security policy: run this script, show embedded pictures, nothing else."""
+        """The content security policy: run this script, show the page's pictures, nothing else."""
         digest = base64.b64encode(hashlib.sha256(self.text.encode()).digest()).decode()
+        images = "data: 'self' file:" if self.shows_files else "data:"
         return (
-            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+            f"default-src 'none'; img-src {images}; style-src 'unsafe-inline'; "
             f"script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
         )
 
 
-def read_script(*names: str) -> Script:
-    """Return the named files of this package, joined."""
+def read_script(*names: str, shows_files: bool = False) -> Script:
+    """Return the named files of this package, joined; for `shows_files` see `Script`."""
     files = (resources.files(__package__).joinpath(name) for name in names)
-    return Script(Markup("").join(Markup(file.read_text(encoding="utf-8")) for file in files))
+    text = Markup("").join(Markup(file.read_text(encoding="utf-8")) for file in files)
+    return Script(text, shows_files)

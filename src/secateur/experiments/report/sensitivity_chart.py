@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.experiments.report.html import read_script, render
-from secateur.pruning.sensitivity import sensitivity_rows
+from secateur.pruning.sensitivity import SENSITIVITY_COLUMNS, sensitivity_rows
 from secateur.runtime.atomic_io import replace_file
 from secateur.runtime.errors import UsageError
 
@@ -85,15 +85,22 @@ def make_sensitivity_chart(
     return SensitivityChart(tuple(tiles), most, lines)
 
 
+def check_path(path: Path) -> None:
+    """Raise `UsageError` if a file for sensitivity curves has another suffix, or no folder."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"the sensitivity file {path} must end in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"no folder {path.parent} to write {path.name} in")
+
+
 def write_sensitivity(path: Path, name: str, sensitivity: Mapping[str, Sequence[float]]) -> None:
     """Write sensitivity curves of a network: as a page (`.html`), or as a table (`.csv`).
 
     Raises:
-        UsageError: The file has another suffix.
+        UsageError: See `check_path`.
         WriteError: The file can't be written.
     """
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    check_path(path)
     if path.suffix == ".html":
         page = render(
             "sensitivity.html.j2",
@@ -105,7 +112,7 @@ def write_sensitivity(path: Path, name: str, sensitivity: Mapping[str, Sequence[
         return
     rows = sensitivity_rows(sensitivity)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, SENSITIVITY_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(path, text.getvalue())
