@@ -33,7 +33,7 @@ from secateur.experiments import onnx_export as export
 from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
 from secateur.models import zoo
-from secateur.pruning.sensitivity import SENSITIVITY_COLUMNS
+from secateur.pruning.outcome import SENSITIVITY_COLUMNS
 from secateur.runtime.timing import Rounds
 from secateur.scoring import concepts
 

@@ -30,7 +30,7 @@ from secateur.pipeline.estimate import Estimate
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import verdict
-from secateur.pruning.sensitivity import Sensitivity, sensitivity_rows
+from secateur.pruning.outcome import Sensitivity, sensitivity_rows
 from secateur.runtime import distributed
 from secateur.runtime.errors import UsageError
 from secateur.runtime.progress import (

@@ -22,8 +22,8 @@ from secateur.pipeline.dissect import NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
+from secateur.pruning.outcome import Sensitivity
 from secateur.pruning.plan_inputs import make_plan_inputs
-from secateur.pruning.sensitivity import Sensitivity
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import UnknownName

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +15,10 @@ from secateur.pruning.outcome import (
     BatchNormRecalibration,
     LayerRefit,
     RefitCheck,
+    Sensitivity,
     SizeTrial,
+    sensitivity_rows,
 )
-from secateur.pruning.sensitivity import sensitivity_rows
 from secateur.runtime.environment import Environment
 from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import TEXT, read_bounded
@@ -178,7 +179,7 @@ class RunResult(Record):
         return next((s.score for s in reversed(self.stages) if s.stage == stage), None)
 
     @property
-    def sensitivity(self) -> Mapping[str, Sequence[float]]:
+    def sensitivity(self) -> Sensitivity:
         """The sensitivity curves of the groups that have one; see `GroupResult.sensitivity`."""
         return {group.name: group.sensitivity for group in self.groups if group.sensitivity}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scipy.stats import binomtest
 
+from secateur.config import ENGINE_TITLES
 from secateur.models.score import Score, metric_text
 from secateur.pipeline.result import RunResult
 
@@ -27,7 +28,7 @@ PARTS = {
 """What remaining fractions are called, where they are within one point."""
 
 
-def verdict(result: RunResult, *, engine: str = "PyTorch", speed_up: float | None = None) -> str:
+def verdict(result: RunResult, *, engine: str | None = None, speed_up: float | None = None) -> str:
     """Return what a run has gained and cost, and what to do next, as a sentence without its stop.
 
     Accuracy is compared by McNemar's exact test on the test images: of those that one network alone
@@ -36,9 +37,9 @@ def verdict(result: RunResult, *, engine: str = "PyTorch", speed_up: float | Non
 
     Args:
         result: The result of the run.
-        engine: What ran the two networks when they were timed.
+        engine: Name of what ran the two networks when they were timed; None: that of the run.
         speed_up: Time of the original over that of the pruned network in `engine`; None takes the
-            times of the run, which are PyTorch's.
+            times of the run.
 
     Source: McNemar, Psychometrika 12, 1947.
     """
@@ -48,7 +49,7 @@ def verdict(result: RunResult, *, engine: str = "PyTorch", speed_up: float | Non
     is_smaller = after.macs < before.macs or after.parameters < before.parameters
     facts = [_size(before, after, is_timed=speed_up is not None)]
     if is_smaller and speed_up is not None:
-        facts.append(f"{_speed(speed_up)} in {engine}")
+        facts.append(f"{_speed(speed_up)} in {engine or ENGINE_TITLES[result.config.plan.engine]}")
     facts.append(_accuracy(result))
     advice = _advice(result, speed_up) if is_smaller else _advice_on_target(result)
     return f"{', '.join(facts)}; {advice}" if advice else ", ".join(facts)

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from secateur.config import RefitForm
 
 BatchNormStatistics = Literal["means", "both"]
+Sensitivity = Mapping[str, Sequence[float]]
+"""`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
+SENSITIVITY_COLUMNS = ("layer", "filters", "removed", "kept_fraction", "error")
+"""Columns of the curves as a table."""
+
+
+def sensitivity_rows(sensitivity: Sensitivity) -> list[dict[str, str | int | float]]:
+    """Return sensitivity curves as a table in long form, a row for each number of removed filters.
+
+    `pandas.DataFrame` takes it as it is.
+    """
+    return [
+        dict(
+            zip(
+                SENSITIVITY_COLUMNS,
+                (name, len(curve) - 1, removed, 1 - removed / (len(curve) - 1), float(error)),
+                strict=True,
+            )
+        )
+        for name, curve in sensitivity.items()
+        for removed, error in enumerate(curve)
+    ]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from secateur.graph.patches import PositionSampling
 from secateur.models.divergence import output_error
 from secateur.models.task import Task
 from secateur.pruning.low_rank import LowRank
+from secateur.pruning.outcome import Sensitivity
 from secateur.pruning.refit.layers import RefitLayer, refit_layer
 from secateur.pruning.refit.least_squares import Products
 from secateur.pruning.refit.rows import from_patch_order, in_patch_order
@@ -39,7 +40,6 @@ from secateur.pruning.sensitivity import (
     MOST_IMAGES,
     Measurement,
     PlainPass,
-    Sensitivity,
     error_gains,
     image_count,
     passes_behind,

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,7 @@ from secateur.graph.interpreter import GraphInterpreter, PartialPass, partial_pa
 from secateur.graph.network_graph import NetworkGraph, Tensors
 from secateur.models.divergence import error_ratio, output_error
 from secateur.models.task import Task
+from secateur.pruning.outcome import Sensitivity
 from secateur.pruning.ranking import Ranking
 from secateur.runtime import distributed
 from secateur.runtime.device import full_float32
@@ -67,13 +68,6 @@ FEWEST_IMAGES = 16
 """…but at least so many images. Where there are fewer, an image takes several snapshots."""
 FEWEST_WITH_OBJECTS = 64
 """The same for detectors, where an image has few objects and the error is at these."""
-
-Sensitivity = Mapping[str, Sequence[float]]
-"""`{group: output error when 0, 1, … up to all channels are removed}`, the last-ranked first."""
-
-
-SENSITIVITY_COLUMNS = ("layer", "filters", "removed", "kept_fraction", "error")
-"""Columns of the curves as a table."""
 
 
 @full_float32()
@@ -121,24 +115,6 @@ def measure_sensitivity(
     gains = error_gains(dependencies.graph, state, sample, measurements, progress)
     gain_of = {group.name: gain for group, gain in zip(ordered, gains, strict=True)}
     return {name: (gain_of[name] * curve).tolist() for name, curve in curves.items()}
-
-
-def sensitivity_rows(sensitivity: Sensitivity) -> list[dict[str, str | int | float]]:
-    """Return sensitivity curves as a table in long form, a row for each number of removed filters.
-
-    `pandas.DataFrame` takes it as it is.
-    """
-    return [
-        dict(
-            zip(
-                SENSITIVITY_COLUMNS,
-                (name, len(curve) - 1, removed, 1 - removed / (len(curve) - 1), float(error)),
-                strict=True,
-            )
-        )
-        for name, curve in sensitivity.items()
-        for removed, error in enumerate(curve)
-    ]
 
 
 class Measurement(abc.ABC):

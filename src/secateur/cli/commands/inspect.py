@@ -88,30 +88,13 @@ def inspect(
     if sensitivity is not None and (layer is not None or pictures is not None):
         raise UsageError("--sensitivity excludes --layer and --pictures: run inspect once for each")
 
-    from secateur import data
     from secateur.cli import output
-    from secateur.experiments.inspect import (
-        group_of,
-        inspect_network,
-        measure_network_sensitivity,
-    )
-    from secateur.experiments.report.sensitivity_chart import check_path, write_sensitivity
-    from secateur.pipeline.inputs import check_weights
-    from secateur.scoring.concepts import annotated_images
+    from secateur.experiments.inspect import group_of, inspect_network
 
     names = tuple(criterion or ["vote"])
-    changes: dict[str, Any] = {"score.criterion": names[0]}
-    asked = config_options.changes()
-    has_source = config_options.file is not None or "data.source" in asked
-    if not has_source and annotated_images(asked.get("score.concepts", "auto")):
-        changes["data.source"] = data.NONE
-    config = config_options.make(RunConfig, changes=changes)
-    check_weights(config)
+    config = _make_config(config_options, names[0])
     if sensitivity is not None:
-        check_path(sensitivity)
-        curves = measure_network_sensitivity(config, output.run_context())
-        write_sensitivity(sensitivity, config.model.name, curves)
-        output.show_sensitivity(curves, sensitivity, as_json=as_json)
+        _show_sensitivity(config, sensitivity, as_json=as_json)
         return
     inspection = inspect_network(config, names, output.run_context(), pictures=pictures)
     if as_json:
@@ -125,3 +108,31 @@ def inspect(
         output.show_filter(group_of(inspection, layer), filter_number)
     output.show_unreadable(inspection["unreadable"])
     output.show_notes(inspection["notes"])
+
+
+def _make_config(config_options: ConfigOptions, criterion: str) -> RunConfig:
+    """Return the configuration; annotated concepts bring images, so they need no data source."""
+    from secateur import data
+    from secateur.pipeline.inputs import check_weights
+    from secateur.scoring.concepts import annotated_images
+
+    changes: dict[str, Any] = {"score.criterion": criterion}
+    asked = config_options.changes()
+    has_source = config_options.file is not None or "data.source" in asked
+    if not has_source and annotated_images(asked.get("score.concepts", "auto")):
+        changes["data.source"] = data.NONE
+    config = config_options.make(RunConfig, changes=changes)
+    check_weights(config)
+    return config
+
+
+def _show_sensitivity(config: RunConfig, path: Path, *, as_json: bool) -> None:
+    """Measure the sensitivity of every layer, print it and write it to a file."""
+    from secateur.cli import output
+    from secateur.experiments.inspect import measure_network_sensitivity
+    from secateur.experiments.report.sensitivity_chart import check_path, write_sensitivity
+
+    check_path(path)
+    curves = measure_network_sensitivity(config, output.run_context())
+    write_sensitivity(path, config.model.name, curves)
+    output.show_sensitivity(curves, path, as_json=as_json)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from secateur.experiments.report.html import read_script, render
-from secateur.pruning.sensitivity import SENSITIVITY_COLUMNS, sensitivity_rows
+from secateur.pruning.outcome import SENSITIVITY_COLUMNS, Sensitivity, sensitivity_rows
 from secateur.runtime.atomic_io import replace_file
 from secateur.runtime.errors import UsageError
 
@@ -51,7 +51,7 @@ class SensitivityChart:
 
 
 def make_sensitivity_chart(
-    sensitivity: Mapping[str, Sequence[float]], removed: Mapping[str, int] | None = None
+    sensitivity: Sensitivity, removed: Mapping[str, int] | None = None
 ) -> SensitivityChart:
     """Return the chart of sensitivity curves, with the numbers of filters that a plan removes.
 
@@ -93,7 +93,7 @@ def check_path(path: Path) -> None:
         raise UsageError(f"no folder {path.parent} to write {path.name} in")
 
 
-def write_sensitivity(path: Path, name: str, sensitivity: Mapping[str, Sequence[float]]) -> None:
+def write_sensitivity(path: Path, name: str, sensitivity: Sensitivity) -> None:
     """Write sensitivity curves of a network: as a page (`.html`), or as a table (`.csv`).
 
     Raises:

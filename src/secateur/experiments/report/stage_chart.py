@@ -36,7 +36,7 @@ class StageChart:
     ticks: tuple[Mark, ...]
     unscaled: tuple[Mark, ...]
     """Networks between the cut and the stage that repairs it: written, since most are so far from
-    the others that these could not be told apart."""
+    the others that the axis would hide how these differ."""
 
     @property
     def description(self) -> str:
