@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 from safetensors.torch import save_file
 
@@ -20,12 +21,15 @@ from secateur.config import RunConfig, from_dict
 from secateur.experiments.compare.job import JobResult
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.report.benchmark import PAGE, write_benchmark
+from secateur.experiments.report.dissection_page import write_index
 from secateur.experiments.report.gallery import make_gallery
 from secateur.experiments.report.page import write_report
+from secateur.experiments.report.sensitivity_chart import write_sensitivity
 from secateur.experiments.run import run
 from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
 from secateur.pipeline.result import RunResult, read_result
+from secateur.scoring.dissection import FilterConcept
 
 EVIL = "<img src=x onerror=alert(1)>"
 IN_A_COLUMN = 500
@@ -328,6 +332,26 @@ def test_nothing_keeps_anyone_from_reading_it(
         report.page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
         assert report.findings() == []
         assert report.overflow == 0
+
+
+def test_the_pages_of_inspect_are_in_the_same_style(
+    browser: Browser, digits_run: DigitsRun, tmp_path: Path
+) -> None:
+    curves = {group.name: group.sensitivity for group in digits_run.result.groups}
+    write_sensitivity(tmp_path / "curves.html", EVIL, curves)
+    concepts = {"layer 1": [FilterConcept(EVIL, 0.2), FilterConcept("a", 0.01)]}
+    write_index(tmp_path, EVIL, concepts, 64)
+    Image.new("RGB", (640, 196)).save(tmp_path / "layer 1.png")
+    for name in ("curves.html", "index.html"):
+        with opened(browser, tmp_path / name, PHONE) as watched:
+            expect(watched.page.get_by_role("heading", level=1)).to_contain_text(EVIL)
+            assert watched.findings() == []
+            assert watched.overflow == 0
+            assert watched.said == []
+            pictures = watched.page.locator("img")
+            assert pictures.count() == (name == "index.html")
+            for picture in pictures.all():
+                expect(picture).to_have_js_property("naturalWidth", 640)
 
 
 def test_the_outline_is_where_the_filter_is_active(page: Page, digits_run: DigitsRun) -> None:
