@@ -182,6 +182,7 @@ def test_a_link_leads_to_the_same_filters(
     assert f"layer={group.name}&fate=removed" in address
     other = browser.new_page()
     other.goto(address)
+    expect(cards(other)).to_have_count(len(shown))
     assert titles(other) == shown
     expect(choice(other, "Show")).to_have_value("removed")
     other.close()
