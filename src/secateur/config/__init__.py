@@ -116,6 +116,13 @@ class ModelSection(Section):
     images."""
 
 
+def _as_texts(value: object) -> object:
+    """Return a name, a number or a list of them as a list of texts."""
+    values = value if isinstance(value, list | tuple) else [value]
+    is_known = all(isinstance(v, str | int) and not isinstance(v, bool) for v in values)
+    return [str(v) for v in values] if is_known else value
+
+
 class DataSection(Section):
     """The images."""
 
@@ -132,6 +139,10 @@ class DataSection(Section):
     """Number of images that are synthesised from the network's batch norms: without images
     (`source = "synthetic"`), by default 256; and beside the calibration images, by default 256 if
     these are at most 128, and of at most 64 pixels a side."""
+    keep_classes: Annotated[tuple[str, ...], BeforeValidator(_as_texts)] = ()
+    """Keep these classes only, by name or number (`cat,dog` or `3,5`): the head is cut to their
+    outputs, in the order of the original head, and images of other classes are left out. Without
+    labels those images stay that the network takes for one of them."""
     stratified: bool = True
     """Draw the same number of calibration images from every class; otherwise ignore the labels."""
     image_size: ImageSize | None = None
