@@ -179,6 +179,15 @@ class DataSection(Section):
     skip_unreadable: bool = False
     """Skip and count image files that cannot be read instead of stopping with an error."""
 
+    @model_validator(mode="after")
+    def _check_keep_classes(self) -> DataSection:
+        if self.source == "synthetic" and self.keep_classes:
+            raise ValueError(
+                "keep_classes chooses images by the classes that they show, and synthesised images "
+                "show none: give images"
+            )
+        return self
+
 
 class ScoreSection(Section):
     """How filters are ranked."""

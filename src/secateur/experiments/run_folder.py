@@ -292,20 +292,21 @@ def load(
     the unpruned network, with any weights. Pass it if the run was made from your own code
     (`file.py:factory`), which a folder is not trusted to run, or use `load_program`. Pass
     `dependencies` if you built the dependency graph with your own rules, and `forward` if the run
-    was made with one. Raises `RunFolderError` if a file is missing, damaged, changed or does not
-    fit the others, and `UsageError` if the network or `forward` must be passed.
+    was made with one. If the run keeps some classes only, the head of `architecture` is cut to them
+    here, unless you pass `dependencies`: then it must be cut already. Raises `RunFolderError` if a
+    file is missing, damaged, changed or does not fit the others, and `UsageError` if the network or
+    `forward` must be passed.
     """
     contents = read_contents(Path(folder))
     manifest = contents.manifest
     plan = _plan(contents)
     origin = _origin(manifest)
     model = _unpruned(manifest) if architecture is None else architecture
-    if dependencies is None or origin.kept_classes is not None:
-        forward = forward or _known_forward(manifest, contents.folder, model)
-    if origin.kept_classes is not None:
-        model = without_forward(origin.cut_head(with_forward(model, forward)))
     if dependencies is None:
+        forward = forward or _known_forward(manifest, contents.folder, model)
         try:
+            if origin.kept_classes is not None:
+                model = without_forward(origin.cut_head(with_forward(model, forward)))
             dependencies = origin.build_dependency_graph(with_forward(model, forward))
         except TraceError as error:
             if forward is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.config import RunConfig
-from secateur.data import SYNTHETIC, DataSet, Images, draw_calibration_images
+from secateur.data import DataSet, Images, draw_calibration_images
 from secateur.data.batch_reader import BatchReader
 from secateur.data.folder_layout import brief
 from secateur.data.images import IGNORED
@@ -42,11 +42,6 @@ def cut_to_classes(
         raise UsageError(
             f"--keep-classes cuts the head of a classifier or a segmentation network, not of one "
             f"for {what}: leave it out"
-        )
-    if config.data.source == SYNTHETIC:
-        raise UsageError(
-            "--keep-classes chooses images by the classes that they show, and synthesised ones "
-            "show none: pass images"
         )
     example = reader.read_first(dataset.train, FIRST_IMAGES)
     outputs = examine_outputs(model, example)
