@@ -20,7 +20,7 @@ from secateur.experiments import run_folder
 from secateur.experiments.evaluate import evaluate_run
 from secateur.experiments.manifest import read_manifest
 from secateur.experiments.train_base import train_base
-from secateur.models import user_code
+from secateur.models import zoo
 from secateur.pipeline.run_context import RunContext
 from secateur.pruning.head import cut_head, keep_classes
 from secateur.runtime.errors import DataError, UsageError
@@ -204,7 +204,7 @@ def test_a_pruned_network_knows_the_kept_classes_only(
 def test_without_labels_the_network_chooses_the_images(images: Tensor) -> None:
     model = Classifier().eval()
     with torch.no_grad():
-        model.head.bias -= model(images).mean(0)  # so that it predicts several classes
+        model.head.bias.sub_(model(images).mean(0))  # so that it predicts several classes
     predicted = model(images).argmax(1)
     kept = predicted[4::5].unique()[:2].tolist()
     pruned = secateur.prune(
@@ -283,8 +283,7 @@ def test_a_run_is_loaded_finetuned_reported_and_evaluated(model_file: Path, tmp_
     assert before.images == len(dataset.test.labels)
     network = run_folder.load_pruned(folder)
     assert outputs(network).shape == (4, 3)
-    model = user_code.call(config.model.name, user_code.find(config.model.name, "factory"))
-    loaded = secateur.load(folder, architecture=model)
+    loaded = secateur.load(folder, architecture=zoo.load(config.model.name))
     torch.testing.assert_close(outputs(loaded), outputs(network))
     evaluation = evaluate_run(folder, config, RunContext(), tuple(named))
     assert evaluation.score.metric == refit.metric
