@@ -55,16 +55,16 @@ def find_classes(wanted: Sequence[str], names: Sequence[str], of: int) -> KeptCl
 
 
 def _find_class(wanted: str, names: Sequence[str], of: int) -> int:
-    found = [number for number, name in enumerate(names[:of]) if name == wanted]
-    if not found:
-        found = [
+    matches = [number for number, name in enumerate(names[:of]) if name == wanted]
+    if not matches:
+        matches = [
             number for number, name in enumerate(names[:of]) if name.casefold() == wanted.casefold()
         ]
-    if len(found) > 1:
-        numbers = " and ".join(map(str, found))
+    if len(matches) > 1:
+        numbers = " and ".join(map(str, matches))
         raise UsageError(f"several classes are called {wanted!r}: name it by its number, {numbers}")
-    if found:
-        return found[0]
+    if matches:
+        return matches[0]
     if wanted.isdecimal():
         known = min(of, len(names)) if names else of
         if int(wanted) >= known:
