@@ -66,7 +66,6 @@ TARGETS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """Fractions of the MACs to keep, by method."""
 CALIBRATION_IMAGES = {"resnet20": 1000, "mobilenetv2": 300}
-NAMES = {"resnet20": "ResNet-20", "mobilenetv2": "MobileNetV2"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,38 +213,47 @@ def macs_at(points: Sequence[Point], fraction: float) -> float | None:
 def make_table(rows: Sequence[Measurement], network: str) -> str:
     """Return the table of a network: accuracy at each budget, and the MACs that are needed."""
     lines = [
-        "| classes | without: MACs | top-1 | the same, images of these classes | with: top-1 | "
-        "with: MACs at the accuracy of *without* | ratio |",
+        "| classes | MACs that stay | without | without, images of these classes | with | "
+        "MACs *with* at the accuracy *without* | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for classes in CLASSES[network]:
-        without, kept, theirs = (curve(rows, network, classes, method) for method in METHODS)
-        of_theirs, of_kept = ({p.target: p for p in points} for points in (theirs, kept))
-        for point in without:
-            needed = macs_at(kept, point.fraction)
-            lines.append(
-                f"| {classes if point is without[0] else ''} | {point.macs / 1e6:.1f} M "
-                f"({point.target[5:]}) | {point.fraction:.2%} | "
-                f"{_fraction(of_theirs.get(point.target))} | "
-                f"{_fraction(of_kept.get(point.target))} | "
-                + ("– | – |" if needed is None else f"{needed / 1e6:.1f} M | ")
-                + ("" if needed is None else f"{needed / point.macs:.2f} |")
-            )
+        curves = [curve(rows, network, classes, method) for method in (ALL, THEIRS, KEPT)]
+        kept = curves[-1]
+        if not kept:
+            continue
+        for number, target in enumerate(_targets(curves)):
+            at_target = [next((p for p in c if p.target == target), None) for c in curves]
+            without = at_target[0]
+            needed = None if without is None else macs_at(kept, without.fraction)
+            cells = [
+                _shown(classes) if number == 0 else "",
+                target.removeprefix("macs="),
+                *("–" if point is None else f"{point.fraction:.2%}" for point in at_target),
+                "–" if needed is None else f"{needed / 1e6:.1f} M",
+                "–" if needed is None or without is None else f"{needed / without.macs:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _fraction(point: Point | None) -> str:
-    return "–" if point is None else f"{point.fraction:.2%}"
+def _targets(curves: Sequence[Sequence[Point]]) -> list[str]:
+    """Return the targets of all curves, the largest budget first."""
+    targets = {point.target for points in curves for point in points}
+    return sorted(targets, key=lambda target: -float(target.removeprefix("macs=")))
 
 
-def write_tables() -> None:
-    """Write the tables of the page."""
+def _shown(classes: str) -> str:
+    numbers = classes.split(",")
+    return classes.replace(",", ", ") if len(numbers) <= 3 else f"{len(numbers)} of ImageNet"
+
+
+def page(text: str) -> str:
+    """Return the page with the tables of the rows."""
     rows = read_measurements(RESULTS, KEY)
-    text = PAGE.read_text()
     for network in CLASSES:
-        if any(row["network"] == network for row in rows):
-            text = with_table(text, f"keep classes, {network}", make_table(rows, network))
-    PAGE.write_text(text)
+        text = with_table(text, f"keep classes, {network}", make_table(rows, network))
+    return text
 
 
 def main() -> None:
@@ -265,8 +273,7 @@ def main() -> None:
         ):
             if fnmatch.fnmatch(method, arguments.only):
                 measure(arguments.network, classes, method, seed, arguments)
-    if PAGE.is_file():
-        write_tables()
+    PAGE.write_text(page(PAGE.read_text()))
 
 
 if __name__ == "__main__":
