@@ -89,13 +89,7 @@ def export(
     if config is not None:
         context = output.run_context()
         quantised = export_int8(
-            network,
-            path,
-            int8_path,
-            config,
-            context,
-            original=original,
-            kept=origin.kept_classes,
+            network, path, int8_path, config, context, original=original, kept=origin.kept_classes
         )
     output.show_export(result, times, quantised, as_json=as_json)
 
