@@ -92,6 +92,7 @@ class PruneResult:
             config.plan.prune_residual,
             config.plan.exclude,
             inputs=inputs_of(self._original),
+            kept_classes=self.result.kept_classes,
         )
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)
@@ -160,6 +161,7 @@ def prune(
     input_shape: Sequence[int] | None = None,
     forward: Forward | None = None,
     class_names: Sequence[str] = (),
+    keep_classes: Sequence[str | int] = (),
     task: Literal["auto"] | TaskKind = "auto",
     outputs: Sequence[OutputPart] = (),
     metric: str | NetworkFunction = "auto",
@@ -200,6 +202,9 @@ def prune(
         outputs: with `regression` or `detection`, which parts of the outputs are compared and how;
             by default all of them, each by its relative squared error.
         class_names: for the report.
+        keep_classes: classes that the pruned network knows, by name or number; by default all. The
+            head is cut to their outputs, in the order of the original head, and images of other
+            classes are left out: by their labels, or else by what the network predicts.
         epochs: fine-tuning on `images`, from the original's outputs and the labels, if any.
         loss: for fine-tuning, in place of the usual loss with the labels: `loss(output, labels)`
             takes what the network returns for a batch and the batch's labels, and returns a tensor
@@ -232,6 +237,7 @@ def prune(
         test=test,
         forward=forward,
         class_names=class_names,
+        keep_classes=keep_classes,
         task=task,
         outputs=outputs,
         metric=metric,

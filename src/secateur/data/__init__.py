@@ -14,6 +14,7 @@ and may be used to choose settings; `test` is for final scores only.
 - `segmentation`, `mask_layout`, `masks`, `value_names`: images with masks
 - `annotated`, `concept_masks`: images with annotated regions
 - `splits`: held-out and calibration images
+- `kept_classes`: some of the classes, and the images that show them
 - `augmentation`, `training_stream`: batches to train on
 - `unreadable`: damaged image files
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from secateur.data.folder_layout import is_archive
 from secateur.data.hugging_face import read_hugging_face
 from secateur.data.imagenet import read_imagenet, read_imagenette
 from secateur.data.images import FileImages, Images, NormalisedImages, TensorImages, stored_size
+from secateur.data.kept_classes import KeptClasses, images_of_classes
 from secateur.data.segmentation import KIND as SEGMENTATION
 from secateur.data.segmentation import read_segmentation
 from secateur.data.splits import LabelKind, Splits, draw, hold_out, is_held_out, split_calibration
@@ -81,6 +83,29 @@ class DataSet:
     notes: tuple[str, ...] = ()
     """What to know of how the images were read, a sentence or two each."""
     kind: LabelKind = "classes"
+    kept: KeptClasses | None = None
+    """The classes that the images and the network were cut to; None: all."""
+
+    def of_classes(self, kept: KeptClasses) -> DataSet:
+        """Return the images that show one of the kept classes; all of them without labels.
+
+        Raises `DataError` if there is none to score filters on, or none to test with.
+        """
+        parts = [self.train, self.validation, self.test]
+        if self.kind != "none":
+            parts = [images_of_classes(images, kept, self.kind) for images in parts]
+        train, validation, test = parts
+        for images, use in ((train, "training"), (test, "test")):
+            if not len(images.labels):
+                raise DataError(f"no {use} image of {self.name} shows one of the kept classes")
+        return replace(
+            self,
+            class_names=kept.names,
+            train=train,
+            validation=validation,
+            test=test,
+            kept=kept,
+        )
 
     @property
     def all_labels(self) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from secateur.config import EngineName, RunConfig
 from secateur.data import DataSet
 from secateur.engines.latency import latency_in
 from secateur.engines.registry import find_engine
-from secateur.experiments.run_folder import load_pruned, read_plan
+from secateur.experiments.run_folder import load_pruned, read_origin, read_plan
 from secateur.experiments.user_code_keys import check_named
 from secateur.graph.module_state import tensors_of
 from secateur.models import user_code
@@ -78,11 +78,17 @@ def evaluate_run(
     """
     check_named(run, config, {*named, "model.name", "model.forward"})
     network = load_pruned(run).to(find_device(config.model.device))
-    dataset = load_data(config, network)
+    kept = read_origin(run).kept_classes
+    before, notes = _load_original(run, config, named)
+    dataset = load_data(config, network, kept)
+    original = None
+    if before is not None:
+        its_data, original = before
+        if kept is not None and not dataset.has_labels:
+            dataset = its_data  # the images that the original network takes for kept classes
     config = resolve_config(config, dataset, network)
     run_context = run_context.collecting_unreadable(config)
     reader = make_reader(config, run_context)
-    original, notes = _load_original(run, config, named)
     task, metric = task_and_metric(network, original or network, dataset, config, run_context)
     predictions: Predictions | None = None
     if original is not None:
@@ -102,8 +108,8 @@ def evaluate_run(
 
 def _load_original(
     run: Path, config: RunConfig, named: Collection[str]
-) -> tuple[nn.Module | None, tuple[str, ...]]:
-    """Return the network before a run, or None and a note that says why it is not known."""
+) -> tuple[tuple[DataSet, nn.Module] | None, tuple[str, ...]]:
+    """Return the data and the network before a run, or None and a note that says why not."""
     unknown = "Agreement with the original network is not known:"
     if user_code.is_user_code(config.model.name):
         return None, (f"{unknown} its code, {config.model.name}, is not run here.",)
@@ -111,12 +117,12 @@ def _load_original(
     if forward is not None and "model.forward" not in named:
         return None, (f"{unknown} its function is not run unless named, --forward {forward}.",)
     try:
-        _, original = load_inputs(config)
+        dataset, original = load_inputs(config)
     except SecateurError as error:
         return None, (f"{unknown} {error}.",)
     if read_plan(run).weights not in (None, weights_hash(tensors_of(original))):
         return None, (f"{unknown} {config.model.weights} holds other weights now.",)
-    return original, ()
+    return (dataset, original), ()
 
 
 def task_and_metric(

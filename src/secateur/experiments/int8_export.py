@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from secateur.config import RunConfig
 from secateur.data import draw_calibration_images
+from secateur.data.kept_classes import KeptClasses
 from secateur.engines.flat_network import inputs_in, run_flat
 from secateur.engines.onnx_file import write_onnx
 from secateur.engines.onnxruntime import input_names, onnx_runner
@@ -98,15 +99,17 @@ def export_int8(
     run_context: RunContext,
     *,
     original: nn.Module | None = None,
+    kept: KeptClasses | None = None,
 ) -> Int8Result:
     """Quantise the ONNX file of a run's network, score both on the test images and time both.
 
     `network` is the run's, whose inputs are those of the file; `config` is the run's configuration
     with the data where they are now. At most `CALIBRATION_IMAGES` of the training images set the
     ranges of activations, drawn as the run's calibration images are. The `original` is timed only:
-    the values of its weights don't matter. Raises `SecateurError`.
+    the values of its weights don't matter. `kept` are the classes of the network, if it was cut to
+    some. Raises `SecateurError`.
     """
-    dataset = load_data(config, network)
+    dataset = load_data(config, network, kept)
     config = resolve_config(config, dataset, network)
     reader = make_reader(config, run_context)
     task, metric = task_and_metric(network, network, dataset, config, run_context)

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from pydantic import NonNegativeInt, PositiveInt
 
+from secateur.data.kept_classes import KeptClasses
 from secateur.runtime.atomic_io import replace_file
 from secateur.runtime.errors import RunFolderError
 from secateur.runtime.input_limits import (
@@ -56,6 +57,8 @@ class Manifest(VersionedRecord):
     """The unpruned network, as `load_model` takes it; None if it must be passed."""
     num_classes: PositiveInt | None
     """Outputs of a classifier's head, or classes of a named network; None for other networks."""
+    kept_classes: KeptClasses | None = None
+    """The classes that the head was cut to before the plan; None: all."""
     image_shape: tuple[PositiveInt, ...]
     """Shape of an image that the dependency graph was built with: `(rgb, height, width)`, say.
     Several inputs are one tensor there."""
@@ -108,7 +111,8 @@ def _hash(content: bytes) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; all other files must be there."""
     # Earlier releases don't know these keys.
-    without = {key for key in ("forward", "inputs", "outputs") if not getattr(manifest, key)}
+    late = ("forward", "inputs", "outputs", "kept_classes")
+    without = {key for key in late if not getattr(manifest, key)}
     text = manifest.model_dump_json(indent=1, exclude=without)
     replace_file(folder / MANIFEST, text + "\n")
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.data.kept_classes import KeptClasses
 from secateur.engines.flat_network import run_flat
 from secateur.engines.output_structure import names_of
 from secateur.experiments.manifest import (
@@ -41,7 +42,13 @@ from secateur.experiments.program import Program, ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.graph.build import build_dependency_graph, traceable_forward
 from secateur.graph.dependency import DependencyGraph
-from secateur.graph.forward import forward_of, name_of, with_forward, with_inputs
+from secateur.graph.forward import (
+    forward_of,
+    name_of,
+    with_forward,
+    with_inputs,
+    without_forward,
+)
 from secateur.graph.module_state import copy_of, device_of
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
@@ -49,6 +56,7 @@ from secateur.models import published, user_code, zoo
 from secateur.models.examine import logits_of
 from secateur.models.state_dict import load_state
 from secateur.pruning.apply import apply_plan
+from secateur.pruning.head import cut_head
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime import safetensors_io
 from secateur.runtime.atomic_io import replace_file, replacing_folder
@@ -83,6 +91,8 @@ class Origin:
     """The inputs of a network that takes several."""
     forward: str | None = None
     """What the function that the network runs through is called, if not by its name in Python."""
+    kept_classes: KeptClasses | None = None
+    """The classes that its head is cut to first; None: all."""
 
     def unpacked(self, batch: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
         """Return a batch `[image, …]` as `export_onnx` takes it: a tensor, or several inputs."""
@@ -90,6 +100,12 @@ class Origin:
             return batch
         tensors = self.inputs.unpack(batch)
         return dict(zip(self.inputs.names, tensors, strict=True)) if self.inputs.names else tensors
+
+    def cut_head(self, model: nn.Module) -> nn.Module:
+        """Return the unpruned network with the outputs of the kept classes only."""
+        assert self.kept_classes is not None
+        network = with_inputs(model, self.inputs)
+        return cut_head(network, torch.zeros(2, *self.image_shape), self.kept_classes.numbers)
 
     def build_dependency_graph(self, model: nn.Module) -> DependencyGraph:
         """Build the dependency graph of the unpruned network as it was built for the plan."""
@@ -201,6 +217,7 @@ def _origin(manifest: Manifest) -> Origin:
         manifest.exclude,
         manifest.num_classes,
         None if several is None else Inputs(several.shapes, several.passing, several.names),
+        kept_classes=manifest.kept_classes,
     )
 
 
@@ -235,6 +252,8 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         shapes = [tuple(tensor.shape[1:]) for tensor in tensors_of_two]
         if structure != {"tensor": 0}:
             outputs = dict(zip(names_of(structure), shapes, strict=True))
+        elif origin.kept_classes is not None:
+            num_classes = origin.kept_classes.of
         elif shapes[0]:
             is_classifier = math.prod(shapes[0][1:]) == 1
             if is_classifier or (num_classes is None and origin.architecture is not None):
@@ -244,6 +263,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         versions=versions(),
         architecture=origin.architecture,
         num_classes=num_classes,
+        kept_classes=origin.kept_classes,
         image_shape=origin.image_shape,
         inputs=several,
         outputs=outputs,
@@ -272,17 +292,22 @@ def load(
     the unpruned network, with any weights. Pass it if the run was made from your own code
     (`file.py:factory`), which a folder is not trusted to run, or use `load_program`. Pass
     `dependencies` if you built the dependency graph with your own rules, and `forward` if the run
-    was made with one. Raises `RunFolderError` if a file is missing, damaged, changed or does not
-    fit the others, and `UsageError` if the network or `forward` must be passed.
+    was made with one. If the run keeps some classes only, the head of `architecture` is cut to them
+    here, unless you pass `dependencies`: then it must be cut already. Raises `RunFolderError` if a
+    file is missing, damaged, changed or does not fit the others, and `UsageError` if the network or
+    `forward` must be passed.
     """
     contents = read_contents(Path(folder))
     manifest = contents.manifest
     plan = _plan(contents)
+    origin = _origin(manifest)
     model = _unpruned(manifest) if architecture is None else architecture
     if dependencies is None:
         forward = forward or _known_forward(manifest, contents.folder, model)
         try:
-            dependencies = _origin(manifest).build_dependency_graph(with_forward(model, forward))
+            if origin.kept_classes is not None:
+                model = without_forward(origin.cut_head(with_forward(model, forward)))
+            dependencies = origin.build_dependency_graph(with_forward(model, forward))
         except TraceError as error:
             if forward is not None:
                 raise

@@ -31,7 +31,7 @@ from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task
 from secateur.runtime import distributed, safetensors_io
 from secateur.runtime.atomic_io import make_folder, replace_file
 from secateur.runtime.environment import Environment, environment
-from secateur.runtime.errors import NotFiniteLoss, RunFolderError
+from secateur.runtime.errors import NotFiniteLoss, RunFolderError, UsageError
 from secateur.runtime.file_lock import lock_folder
 from secateur.runtime.input_limits import TEXT, read_bounded
 from secateur.runtime.schema import Record, parse_record
@@ -91,6 +91,10 @@ def train_base(
     """
     run_context = run_context or RunContext()
     run_config = config.as_run()
+    if run_config.data.keep_classes:
+        raise UsageError(
+            "data.keep_classes is for pruning: train on all classes, or on a folder with fewer"
+        )
     check_names(run_config)
     check_loss(config.train.loss)
     with lock_folder(folder):

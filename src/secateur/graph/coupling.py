@@ -40,6 +40,8 @@ class CoupledChannels:
     """`[id]`: the smallest id of the same channel, which stands for the channel."""
     parameter_nodes: Mapping[str, Node]
     """Name of a parameter or buffer -> its placeholder; shared ones have one under all names."""
+    needs_consumers: bool = True
+    """Whether only channels that a layer reads can be cut, since scores are taken there."""
 
 
 def couple_channels(model: nn.Module, propagation: ChannelPropagation) -> CoupledChannels:
@@ -125,7 +127,7 @@ def _group_channels(
         taps: list[Tap] = []
         if len(free) == 1 and len(draft.channels) > 1 and not why_frozen:
             why_frozen = dict.fromkeys(free.tolist(), Reason(SINGLE))
-        elif len(free):
+        elif len(free) and coupled.needs_consumers:
             taps, problem = _find_taps(coupled, draft.consumers, free)
             tapped = set().union(*(set(tap.channel.tolist()) for tap in taps))
             why_frozen |= {int(c): problem for i, c in enumerate(free) if i not in tapped}
@@ -134,7 +136,7 @@ def _group_channels(
                 taps = _find_taps(coupled, draft.consumers, free)[0] if len(free) else []
         for reason, size in Counter(why_frozen.values()).items():
             frozen.append(FrozenGroup(first.name, size, str(reason), reason.cause))
-        if taps:
+        if taps or (len(free) and not coupled.needs_consumers):
             layers, consumers = tuple(draft.layers.values()), tuple(draft.consumers)
             groups[name] = Group(name, free, layers, consumers, tuple(taps))
     return groups, tuple(frozen)

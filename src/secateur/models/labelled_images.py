@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,13 +26,19 @@ def label_images(
     original: nn.Module,
     kind: TaskKind | Literal["auto"],
     class_names: Sequence[str],
+    classes: int | None = None,
 ) -> DataSet:
-    """Return the parts as a data set; without labels all are 0 and count for nothing."""
+    """Return the parts as a data set; without labels all are 0 and count for nothing.
+
+    Labels are among as many `classes` as the network has outputs, if no number is given.
+    """
     images = (parts.score, parts.validation, parts.test)
     notes: tuple[str, ...] = ()
     kind_of_labels: LabelKind
     if parts.has_labels:
         first_outputs = examine_outputs(original, parts.score.pixels[:FIRST_IMAGES])
+        if classes is not None:
+            first_outputs = replace(first_outputs, columns=classes)
         raw_labels = [part.labels for part in images if part.labels is not None]
         labels, notes = read_all_labels(raw_labels, first_outputs, kind)
         kind_of_labels = _kind_of_labels(labels[0], first_outputs)

@@ -25,6 +25,8 @@ from secateur.models.labelled_images import label_images
 from secateur.models.metrics.user_function import NetworkFunction
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
+from secateur.pipeline.inputs import make_reader
+from secateur.pipeline.kept_classes import cut_to_classes
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.synthetic_data import (
     describe_synthetic,
@@ -52,6 +54,7 @@ class Asked:
     test: ImageBatches | None
     forward: Forward | None
     class_names: Sequence[str]
+    keep_classes: Sequence[str | int]
     task: Literal["auto"] | TaskKind
     outputs: Sequence[OutputPart]
     metric: str | NetworkFunction
@@ -88,6 +91,8 @@ def prepare(
         raise UsageError(f"metric={metric!r} must be a name or a function of the network")
     form = form_for(model, forward)
     form = replace(form, normalise=normaliser(tables, asked.settings))
+    if asked.keep_classes:
+        tables["data"]["keep_classes"] = asked.keep_classes
     if asked.images is None:
         tables["data"]["source"] = SYNTHETIC
         shape, section = asked.input_shape or (), data_section(tables, asked.settings)
@@ -126,6 +131,7 @@ def prepare(
         dataset = describe_synthetic(
             dataset, len(calibration.pixels), is_tested=test_images is not None
         )
+    dataset, original = cut_to_classes(dataset, original, config, make_reader(config, run_context))
     return original, dataset, config, run_context
 
 

@@ -12,6 +12,7 @@ from secateur.config import PREPROCESSING_KEYS, Fit, RunConfig
 from secateur.data import DataSet, NormalisedImages
 from secateur.data.batch_reader import BatchReader
 from secateur.data.in_memory import split_images
+from secateur.data.kept_classes import KeptClasses
 from secateur.data.preprocessing import Preprocessing
 from secateur.graph.build import traceable_forward
 from secateur.graph.forward import with_forward
@@ -20,6 +21,7 @@ from secateur.models.labelled_images import label_images
 from secateur.models.metrics import by_name as metrics
 from secateur.models.outputs import through_logits
 from secateur.pipeline.input_fit import fit_channels
+from secateur.pipeline.kept_classes import cut_to_classes
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.synthetic_data import (
     describe_synthetic,
@@ -100,28 +102,45 @@ def load_inputs(
         model = with_forward(model, traceable_forward(model))
     if isinstance(loaded, UserData):
         dataset, model = read_user_data(loaded, model, config)
-        return replace(dataset, notes=(*dataset.notes, *notes)), model
+        dataset = replace(dataset, notes=(*dataset.notes, *notes))
+        return _cut_to_classes(dataset, model, config, run_context)
     if is_synthetic(config):
         loaded, model = _synthesise(loaded, model, config, run_context, is_estimate=is_estimate)
     dataset = replace(loaded, notes=(*loaded.notes, *notes))
     if config.model.forward is None and zoo.may_return_more(config.model.name):
         model = through_logits(model, _examples(dataset, config, model), config.model.task)
-    return dataset, model
+    return _cut_to_classes(dataset, model, config, run_context)
 
 
-def load_data(config: RunConfig, model: nn.Module | None = None) -> DataSet:
+def _cut_to_classes(
+    dataset: DataSet, model: nn.Module, config: RunConfig, run_context: RunContext | None
+) -> tuple[DataSet, nn.Module]:
+    """Return the images and the network with only the classes that a configuration keeps."""
+    if not config.data.keep_classes:
+        return dataset, model
+    run_context = (run_context or RunContext()).collecting_unreadable(config)
+    reader = make_reader(resolve_config(config, dataset, model), run_context)
+    return cut_to_classes(dataset, model, config, reader)
+
+
+def load_data(
+    config: RunConfig, model: nn.Module | None = None, kept: KeptClasses | None = None
+) -> DataSet:
     """Load the data set that a configuration names; raises `SecateurError`.
 
-    One that a function of the user's returns is read as `model` takes it.
+    One that a function of the user's returns is read as `model` takes it. If the network has only
+    the classes `kept`, so has the data set.
     """
     source = config.data.source
     if model is not None and user_code.is_user_code(source):
-        return read_user_data(call_loader(source), model, config)[0]
+        dataset, _ = read_user_data(call_loader(source), model, config, kept)
+        return dataset if kept is None else dataset.of_classes(kept)
     if is_synthetic(config):
         raise UsageError(
             "synthesised images can't tell how good a network is: name real ones, --data folder:DIR"
         )
-    return _load_named(config)
+    dataset = _load_named(config)
+    return dataset if kept is None else dataset.of_classes(kept)
 
 
 def _load_named(config: RunConfig) -> DataSet:
@@ -200,7 +219,8 @@ def resolve_config(config: RunConfig, dataset: DataSet, model: nn.Module) -> Run
         std = _by_channel("std", std, channels, is_own=config.data.std is not None)
     values = {key: getattr(preprocessing, key) for key in PREPROCESSING_KEYS}
     config = _with_data(config, **{**values, "mean": mean, "std": std})
-    num_classes = config.model.num_classes or len(dataset.class_names) or None
+    classes = len(dataset.class_names) if dataset.kept is None else dataset.kept.of
+    num_classes = config.model.num_classes or classes or None
     model_section = config.model.model_copy(update={"num_classes": num_classes})
     return config.model_copy(update={"model": model_section})
 

@@ -149,6 +149,7 @@ def _collect(
         config=this.config,
         environment=environment(device_of(this.network)),
         class_names=this.dataset.class_names,
+        kept_classes=this.dataset.kept,
         plan_hash=plan.hash,
         equivalence_error=cut.equivalence_error,
         stages=(*this.stages, *round_stages),

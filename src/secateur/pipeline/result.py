@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from secateur.config import ENGINE_TITLES, EngineName, ReportSection, RunConfig, Section
+from secateur.data.kept_classes import KeptClasses
 from secateur.graph.factorisation import Form
 from secateur.models.published import transform_notice
 from secateur.models.score import Score, metric_text
@@ -137,6 +138,8 @@ class RunResult(Record):
     config: RunConfig
     environment: Environment
     class_names: tuple[str, ...]
+    kept_classes: KeptClasses | None = None
+    """The classes that the head was cut to; None: all."""
     task: Task
     """How the network's outputs are read."""
     concepts: str = ""

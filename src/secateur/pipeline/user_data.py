@@ -20,6 +20,7 @@ from secateur.data.in_memory import (
     read_images,
     split_images,
 )
+from secateur.data.kept_classes import KeptClasses
 from secateur.graph.forward import forward_of, with_inputs, without_forward
 from secateur.graph.working_copy import can_run
 from secateur.models import user_code
@@ -65,12 +66,16 @@ def _is_tensor(part: object) -> bool:
 
 
 def read_user_data(
-    loaded: UserData, model: nn.Module, config: RunConfig
+    loaded: UserData,
+    model: nn.Module,
+    config: RunConfig,
+    kept: KeptClasses | None = None,
 ) -> tuple[DataSet, nn.Module]:
     """Return a loader's images as a data set, and the network such that it takes them.
 
     The network may take several inputs; see `with_inputs`. Of the images to train on only so many
-    are read as a run needs without fine-tuning, a random sample if they are a `Dataset`. Raises
+    are read as a run needs without fine-tuning, a random sample if they are a `Dataset`. If the
+    network has only the classes `kept`, labels are still those of all its original ones. Raises
     `DataError`.
     """
     function = forward_of(model)
@@ -82,7 +87,9 @@ def read_user_data(
     parts = split_images(images, test)
     network = with_inputs(model, images.inputs)
     network = through_logits(network, parts.score.pixels[:2], config.model.task)
-    dataset = label_images(parts, network, config.model.task, loaded.class_names)
+    dataset = label_images(
+        parts, network, config.model.task, loaded.class_names, None if kept is None else kept.of
+    )
     return replace(dataset, name=loaded.name), network
 
 

@@ -88,7 +88,9 @@ def export(
     quantised = None
     if config is not None:
         context = output.run_context()
-        quantised = export_int8(network, path, int8_path, config, context, original=original)
+        quantised = export_int8(
+            network, path, int8_path, config, context, original=original, kept=origin.kept_classes
+        )
     output.show_export(result, times, quantised, as_json=as_json)
 
 

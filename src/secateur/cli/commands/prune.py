@@ -17,6 +17,7 @@ KEYS = (
     *(options.TASK, options.FORWARD, options.METRIC, options.DECODER, options.DEVICE),
     options.SOURCE,
     *(options.NUM_CLASSES, options.IMAGE_SIZE, options.CALIBRATION_IMAGES),
+    Key("data.keep_classes", options.DATA),
     Key("data.stratified", options.DATA),
     options.SKIP_UNREADABLE,
     Key("plan.target", BUDGET, ("--target", "-t")),
