@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,7 +154,7 @@ def test_the_card_states_what_the_result_does(digits_run: DigitsRun) -> None:
     text = model_card(
         "me/small", read_manifest(digits_run.folder), result, base_model="me/resnet20"
     )
-    data = ModelCard(text, ignore_metadata_errors=False).data
+    data: Any = ModelCard(text, ignore_metadata_errors=False).data
 
     after = result.stages[-1].score
     [score] = data.eval_results
