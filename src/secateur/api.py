@@ -92,6 +92,7 @@ class PruneResult:
             config.plan.prune_residual,
             config.plan.exclude,
             inputs=inputs_of(self._original),
+            reparameterized=config.model.reparameterize,
         )
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)

@@ -70,6 +70,8 @@ class Manifest(VersionedRecord):
     """Both: how the dependency graph was built; see `build_dependency_graph`."""
     forward: str | None = None
     """Name of the function that the network runs through; None for its own forward pass."""
+    reparameterized: bool = False
+    """Whether the blocks of the unpruned network are to be folded; see `models.reparameterize`."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None if it has one."""
@@ -108,7 +110,8 @@ def _hash(content: bytes) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; all other files must be there."""
     # Earlier releases don't know these keys.
-    without = {key for key in ("forward", "inputs", "outputs") if not getattr(manifest, key)}
+    optional = ("forward", "inputs", "outputs", "reparameterized")
+    without = {key for key in optional if not getattr(manifest, key)}
     text = manifest.model_dump_json(indent=1, exclude=without)
     replace_file(folder / MANIFEST, text + "\n")
 

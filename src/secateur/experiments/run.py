@@ -239,6 +239,7 @@ def origin_of(pruned: Pruned) -> Origin:
         model.num_classes,
         inputs=inputs_of(pruned.model),
         forward=model.forward,
+        reparameterized=model.reparameterize,
     )
 
 

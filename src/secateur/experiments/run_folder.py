@@ -49,6 +49,7 @@ from secateur.graph.wrappers import unwrapped
 from secateur.integrations import hub
 from secateur.models import published, user_code, zoo
 from secateur.models.examine import logits_of
+from secateur.models.reparameterize import reparameterized
 from secateur.models.state_dict import load_state
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.plan import PruningPlan
@@ -85,6 +86,8 @@ class Origin:
     """The inputs of a network that takes several."""
     forward: str | None = None
     """What the function that the network runs through is called, if not by its name in Python."""
+    reparameterized: bool = False
+    """Whether the blocks of the unpruned network were folded before the cut."""
 
     def unpacked(self, batch: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
         """Return a batch `[image, …]` as `export_onnx` takes it: a tensor, or several inputs."""
@@ -203,6 +206,7 @@ def _origin(manifest: Manifest) -> Origin:
         manifest.exclude,
         manifest.num_classes,
         None if several is None else Inputs(several.shapes, several.passing, several.names),
+        reparameterized=manifest.reparameterized,
     )
 
 
@@ -253,6 +257,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
         forward=origin.forward or name_of(forward_of(model)),
+        reparameterized=origin.reparameterized,
         plan_hash=plan.hash,
         no_program=no_program,
         files=hashes(folder),
@@ -283,6 +288,8 @@ def load(
     manifest = contents.manifest
     plan = _plan(contents)
     model = _unpruned(manifest) if architecture is None else architecture
+    if manifest.reparameterized:
+        model = reparameterized(model)
     if dependencies is None:
         forward = forward or _known_forward(manifest, contents.folder, model)
         try:
