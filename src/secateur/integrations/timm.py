@@ -15,7 +15,7 @@ POOLS = ("pre_logits", "global_pool", "head.global_pool", "head")
 """Where the head of a network begins: what it takes is what `forward_features` returns."""
 
 
-def update_widths(path: str, model: Any, smaller: nn.Module, widths: Widths) -> None:
+def update_widths(path: str, model: Any, smaller: Any, widths: Widths) -> None:
     """Set the widths that a network of timm states, at `path` in a cut network."""
     start = f"{path}." if path else ""
     pools = [f"{start}{pool}" for pool in POOLS if _has(model, pool)]
@@ -30,13 +30,17 @@ def update_widths(path: str, model: Any, smaller: nn.Module, widths: Widths) -> 
         if isinstance(before, int):
             found = (widths.of_input(place, before) for place in places)
             set_width(smaller, name, next((width for width in found if width is not None), None))
-    for stage in _stages(smaller):
+    stages = _stages(smaller)
+    for stage in stages:
         module = f"{start}{stage['module']}"
         for place in (module, f"{start}{stage['module'].replace('.', '_')}"):
             width = widths.of_output(place, stage["num_chs"])
             if width is not None:
                 stage["num_chs"] = width
                 break
+        else:
+            if stage is stages[-1] and stage["num_chs"] == getattr(model, "num_features", None):
+                stage["num_chs"] = smaller.num_features  # of a last convolution that is no more
 
 
 def _stages(network: nn.Module) -> list[dict[str, Any]]:
