@@ -35,13 +35,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.reparam_conv is not None:
-            folded: Tensor = self.reparam_conv(x).relu()
-            return folded
+            folded: Tensor = self.reparam_conv(x)
+            return folded.relu()
         wide: Tensor = self.wide_norm(self.wide(x))
-        return (wide + self.narrow_norm(self.narrow(x)) + x).relu()
+        narrow: Tensor = self.narrow_norm(self.narrow(x))
+        return (wide + narrow + x).relu()
 
     def reparameterize(self) -> None:
-        convolution = nn.Conv2d(*self.wide.weight.shape[:2], 3, padding=1)
+        channels = len(self.wide.weight)
+        convolution = nn.Conv2d(channels, channels, 3, padding=1)
         kernel, bias = _folded(self.wide.weight, self.wide_norm)
         narrow, narrow_bias = _folded(self.narrow.weight, self.narrow_norm)
         kernel[:, :, 1:2, 1:2] += narrow + torch.eye(len(kernel))[:, :, None, None]

@@ -149,5 +149,6 @@ def test_save_pretrained_is_refused_where_loading_would_invent_layers() -> None:
     model = nn.Sequential(Saved(2, 2), nn.ReLU())
     refuse_save_pretrained(model)
     for network in (model, copy.deepcopy(model)):
+        layer: Any = network[0]
         with pytest.raises(UsageError, match="from_pretrained would fill their layers at random"):
-            network[0].save_pretrained("folder")
+            layer.save_pretrained("folder")

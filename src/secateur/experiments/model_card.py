@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from secateur.config import TaskKind
+from secateur.config import ENGINE_TITLES, TaskKind
 from secateur.data import SYNTHETIC
 from secateur.experiments.manifest import Manifest
 from secateur.experiments.report.page import count_text
@@ -113,7 +113,7 @@ def _data_name(result: RunResult) -> str:
 
 def _summary(result: RunResult) -> str:
     name = result.config.model.name
-    network = "a network of own code" if user_code.is_user_code(name) else f"`{name}`"
+    network = "a network from a file of code" if user_code.is_user_code(name) else f"`{name}`"
     return (
         f"This is {network}, pruned with [secateur](https://pypi.org/project/secateur/) "
         f"{result.environment.secateur}: {result.removed_text}. Filters were ranked by "
@@ -123,20 +123,20 @@ def _summary(result: RunResult) -> str:
 
 def _scores(result: RunResult) -> str:
     """Return the table of stages, and what its figures are of."""
-    has_metric, latency = result.has_metric, result.stages[0].score
-    titles = [*([result.accuracy_name] if has_metric else []), "same as the original"]
-    titles += ["MACs", "parameters", "latency in PyTorch"]
+    first, machine = result.stages[0].score, result.environment
+    engine = ENGINE_TITLES[result.config.plan.engine]
+    processor = machine.accelerator or f"{machine.processor}, {machine.threads} threads"
+    titles = [*([result.accuracy_name] if result.has_metric else []), "same as the original"]
+    titles += ["MACs", "parameters", f"latency in {engine}"]
     rows = [["stage", *titles], ["---", *["---:"] * len(titles)]]
     for stage in result.stages:
         title = _STAGES[stage.stage] + (f" (round {stage.round})" if stage.round > 1 else "")
         rows.append([title, *_figures(stage.score, result)])
     table = "\n".join(f"| {' | '.join(map(_inline, row))} |" for row in rows)
-    machine = result.environment
-    engine = machine.accelerator or f"{machine.processor}, {machine.threads} threads"
     return (
-        f"## Scores\n\n{table}\n\nMeasured on {latency.images} test images ({_data_name(result)}). "
-        f"Latency is of {latency.latency_batch} images at once in eager PyTorch {machine.torch} on "
-        f"{_inline(engine)}: on other machines and in other engines it differs. MACs are "
+        f"## Scores\n\n{table}\n\nMeasured on {first.images} test images ({_data_name(result)}). "
+        f"Latency is of {first.latency_batch} images at once in {engine} on "
+        f"{_inline(processor)}: on other machines and in other engines it differs. MACs are "
         "multiply-accumulates for one image."
     )
 

@@ -1,4 +1,4 @@
-"""Attributes of modules that state a width, for users of the network: its own code reads none.
+"""Attributes of modules that state a width, for users of the network, which never reads them.
 
 `out_channels` of a block, `num_features` of a network, `feature_info` of a backbone. A cut leaves
 them as they were, and a head that is built by them does not fit. They are set to what the module
@@ -78,7 +78,7 @@ class Widths:
 
 
 def update_widths(model: nn.Module, smaller: nn.Module, widths: Widths) -> None:
-    """Set the widths that modules of a cut network state by the usual names.
+    """Set the widths that modules of a cut network state by the common names.
 
     `model` is the network before the cut. An attribute is changed only if it was the number of
     channels that its module took, or returned: others of these names mean something else.

@@ -74,10 +74,12 @@ def _library() -> Any:
 
 def update_widths(path: str, model: Any, smaller: Any, widths: Widths) -> None:
     """Set `out_channels` of an encoder in a cut network to what it returns for an image."""
-    if not isinstance(vars(smaller).get("_out_channels"), list | tuple):
+    values = vars(smaller)
+    if not isinstance(values.get("_out_channels"), list | tuple):
         return
     parameter = next(smaller.parameters())
-    image = parameter.new_zeros(1, smaller._in_channels, *widths.image_size)
+    image = parameter.new_zeros(1, values["_in_channels"], *widths.image_size)
     with evaluating(smaller), torch.no_grad():
         features = smaller(image)
-    smaller._out_channels = type(smaller._out_channels)(part.shape[1] for part in features)
+    channels = (feature.shape[1] for feature in features)
+    values["_out_channels"] = type(values["_out_channels"])(channels)

@@ -28,8 +28,8 @@ def update_widths(path: str, model: Any, smaller: Any, widths: Widths) -> None:
     ):
         before = vars(model).get(name)
         if isinstance(before, int):
-            found = (widths.of_input(place, before) for place in places)
-            set_width(smaller, name, next((width for width in found if width is not None), None))
+            after = (widths.of_input(place, before) for place in places)
+            set_width(smaller, name, next((width for width in after if width is not None), None))
     stages = _stages(smaller)
     for stage in stages:
         module = f"{start}{stage['module']}"

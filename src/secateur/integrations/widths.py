@@ -8,7 +8,7 @@ from torch import nn
 
 from secateur.graph.dependency import DependencyGraph, Removed
 from secateur.graph.widths import Widths
-from secateur.graph.widths import update_widths as update_usual_widths
+from secateur.graph.widths import update_widths as update_common_widths
 from secateur.runtime.errors import UsageError
 
 LIBRARIES = {
@@ -25,7 +25,7 @@ def update_widths(
 ) -> None:
     """Let the modules of `smaller`, cut from `model`, state the widths that they have now."""
     widths = Widths(dependencies, removed)
-    update_usual_widths(model, smaller, widths)
+    update_common_widths(model, smaller, widths)
     modules = dict(smaller.named_modules())
     for path, module in model.named_modules():
         package = type(module).__module__.partition(".")[0]
