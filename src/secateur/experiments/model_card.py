@@ -16,6 +16,7 @@ from secateur.experiments.report.page import count_text
 from secateur.integrations.hub import SCHEME
 from secateur.models import user_code
 from secateur.models.score import Score, metric_text
+from secateur.models.zoo import IN_MEMORY
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.verdict import verdict
 
@@ -113,9 +114,14 @@ def _data_name(result: RunResult) -> str:
 
 def _summary(result: RunResult) -> str:
     name = result.config.model.name
-    network = "a network from a file of code" if user_code.is_user_code(name) else f"`{name}`"
+    prefix, _, kind = name.partition(":")
+    network = f"`{name}`"
+    if user_code.is_user_code(name):
+        network = "a network from a file of code"
+    elif prefix == IN_MEMORY:
+        network = f"a network of the class `{kind}`"
     return (
-        f"This is {network}, pruned with [secateur](https://pypi.org/project/secateur/) "
+        f"This is {network}, pruned with secateur "
         f"{result.environment.secateur}: {result.removed_text}. Filters were ranked by "
         f"`{result.config.score.criterion}`, for the target `{result.config.plan.target}`."
     )
