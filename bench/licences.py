@@ -42,7 +42,7 @@ PURPOSES = {
     "onnxruntime": "checks and times ONNX files",
     "onnxscript": "torch's ONNX exporter",
     "datasets": "Hugging Face data sets",
-    "huggingface_hub": "networks on the Hugging Face Hub",
+    "huggingface-hub": "networks on the Hugging Face Hub",
     "tensorboard": "training curves",
     "scikit-learn": "NMF for concepts, handwritten digits",
     "torchmetrics": "PSNR and SSIM",
