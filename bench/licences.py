@@ -42,6 +42,7 @@ PURPOSES = {
     "onnxruntime": "checks and times ONNX files",
     "onnxscript": "torch's ONNX exporter",
     "datasets": "Hugging Face data sets",
+    "huggingface-hub": "networks on the Hugging Face Hub",
     "tensorboard": "training curves",
     "scikit-learn": "NMF for concepts, handwritten digits",
     "torchmetrics": "PSNR and SSIM",

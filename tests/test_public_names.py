@@ -33,6 +33,7 @@ def test_public_names() -> None:
             "make_plan",
             "build_dependency_graph",
             "prune",
+            "push",
             "run",
             "save",
         ),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from secateur.data import DataSet
     from secateur.data import load as load_data
     from secateur.experiments.onnx_export import ExportResult, export_onnx
+    from secateur.experiments.push import push
     from secateur.experiments.run import run
     from secateur.experiments.run_folder import load, load_program, save
     from secateur.graph.build import build_dependency_graph
@@ -50,6 +51,7 @@ __all__ = [
     "load_program",
     "make_plan",
     "prune",
+    "push",
     "run",
     "save",
 ]
@@ -78,6 +80,7 @@ _PLACES = {
     "load_program": "experiments.run_folder",
     "make_plan": "pruning.plan",
     "prune": "api",
+    "push": "experiments.push",
     "run": "experiments.run",
     "save": "experiments.run_folder",
 }

@@ -93,6 +93,7 @@ class PruneResult:
             config.plan.exclude,
             inputs=inputs_of(self._original),
             kept_classes=self.result.kept_classes,
+            reparameterized=config.model.reparameterize,
         )
         runs.save(Path(folder), self._pruned, origin, overwrite=overwrite)
         return Path(folder)

@@ -22,6 +22,7 @@ from secateur.cli.commands.inspect import inspect
 from secateur.cli.commands.models import models
 from secateur.cli.commands.prune import KEYS as PRUNE_KEYS
 from secateur.cli.commands.prune import prune
+from secateur.cli.commands.push import push
 from secateur.cli.commands.report import report
 from secateur.cli.commands.train import KEYS as TRAIN_KEYS
 from secateur.cli.commands.train import train
@@ -66,6 +67,7 @@ options.command(app, BaseConfig, TRAIN_KEYS)(train)
 options.command(app, RunConfig, EVALUATE_KEYS, is_made=False)(evaluate)
 options.command(app, RunConfig, INSPECT_KEYS, is_made=False)(inspect)
 options.command(app, RunConfig, EXPORT_KEYS, is_made=False)(export)
+app.command()(push)
 app.command()(options.with_processes(report))
 app.command()(options.with_processes(models))
 app.command()(options.with_processes(compare))

@@ -103,6 +103,9 @@ class ModelSection(Section):
     decoder: str | None = None
     """For detectors from your own code: path/to/file.py:function, which makes boxes of the
     network's output; see docs/how_to/detection.md."""
+    reparameterize: bool = False
+    """Fold blocks that train with parallel branches into one convolution each before the cut, as
+    `timm.utils.reparameterize_model` does: RepVGG, MobileOne, FastViT, RepViT, RepGhost."""
     device: str = "auto"
     """Where the network runs: `cpu`, `cuda`, `cuda:1`, `mps`, `xpu`; `auto` is the accelerator, if
     there is one. Results of different devices differ by rounding."""

@@ -73,6 +73,8 @@ class Manifest(VersionedRecord):
     """Both: how the dependency graph was built; see `build_dependency_graph`."""
     forward: str | None = None
     """Name of the function that the network runs through; None for its own forward pass."""
+    reparameterized: bool = False
+    """Whether the blocks of the unpruned network are to be folded; see `models.reparameterize`."""
     plan_hash: str
     no_program: str | None
     """Why the folder has no program; None if it has one."""
@@ -111,7 +113,7 @@ def _hash(content: bytes) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json`; all other files must be there."""
     # Earlier releases don't know these keys.
-    late = ("forward", "inputs", "outputs", "kept_classes")
+    late = ("forward", "inputs", "outputs", "kept_classes", "reparameterized")
     without = {key for key in late if not getattr(manifest, key)}
     text = manifest.model_dump_json(indent=1, exclude=without)
     replace_file(folder / MANIFEST, text + "\n")

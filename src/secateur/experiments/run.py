@@ -240,6 +240,7 @@ def origin_of(pruned: Pruned) -> Origin:
         inputs=inputs_of(pruned.model),
         forward=model.forward,
         kept_classes=pruned.result.kept_classes,
+        reparameterized=model.reparameterize,
     )
 
 

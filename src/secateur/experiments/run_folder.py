@@ -25,6 +25,7 @@ from secateur.engines.flat_network import run_flat
 from secateur.engines.output_structure import names_of
 from secateur.experiments.manifest import (
     CONSTANTS,
+    HASHED,
     MANIFEST,
     PLAN,
     PROGRAM,
@@ -52,8 +53,10 @@ from secateur.graph.forward import (
 from secateur.graph.module_state import copy_of, device_of
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
+from secateur.integrations import hub
 from secateur.models import published, user_code, zoo
 from secateur.models.examine import logits_of
+from secateur.models.reparameterize import reparameterized
 from secateur.models.state_dict import load_state
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.head import cut_head
@@ -93,6 +96,8 @@ class Origin:
     """What the function that the network runs through is called, if not by its name in Python."""
     kept_classes: KeptClasses | None = None
     """The classes that its head is cut to first; None: all."""
+    reparameterized: bool = False
+    """Whether the blocks of the unpruned network were folded before the cut."""
 
     def unpacked(self, batch: Tensor) -> Tensor | Sequence[Tensor] | Mapping[str, Tensor]:
         """Return a batch `[image, …]` as `export_onnx` takes it: a tensor, or several inputs."""
@@ -218,6 +223,7 @@ def _origin(manifest: Manifest) -> Origin:
         manifest.num_classes,
         None if several is None else Inputs(several.shapes, several.passing, several.names),
         kept_classes=manifest.kept_classes,
+        reparameterized=manifest.reparameterized,
     )
 
 
@@ -271,6 +277,7 @@ def write(folder: Path, model: nn.Module, plan: PruningPlan, origin: Origin) -> 
         prune_residual=origin.prune_residual,
         exclude=origin.exclude,
         forward=origin.forward or name_of(forward_of(model)),
+        reparameterized=origin.reparameterized,
         plan_hash=plan.hash,
         no_program=no_program,
         files=hashes(folder),
@@ -288,20 +295,24 @@ def load(
 ) -> nn.Module:
     """Load the pruned network of a run folder, in evaluation mode.
 
-    It is a module of the same class as the unpruned network, with fewer filters. `architecture` is
-    the unpruned network, with any weights. Pass it if the run was made from your own code
-    (`file.py:factory`), which a folder is not trusted to run, or use `load_program`. Pass
-    `dependencies` if you built the dependency graph with your own rules, and `forward` if the run
-    was made with one. If the run keeps some classes only, the head of `architecture` is cut to them
-    here, unless you pass `dependencies`: then it must be cut already. Raises `RunFolderError` if a
-    file is missing, damaged, changed or does not fit the others, and `UsageError` if the network or
-    `forward` must be passed.
+    It is a module of the same class as the unpruned network, with fewer filters. `folder` may be a
+    repository on the Hugging Face Hub, `hf://OWNER/NAME` or `hf://OWNER/NAME@REVISION` (extra
+    `hub`), of which only the files of a run are fetched. `architecture` is the unpruned network,
+    with any weights. Pass it if the run was made from your own code (`file.py:factory`), which a
+    folder is not trusted to run, or use `load_program`. Pass `dependencies` if you built the
+    dependency graph with your own rules, and `forward` if the run was made with one. If the run
+    keeps some classes only, the head of `architecture` is cut to them here, unless you pass
+    `dependencies`: then it must be cut already. Raises `RunFolderError` if a file is missing,
+    damaged, changed or does not fit the others, `UsageError` if the network or `forward` must be
+    passed, and `HubError` if the repository can't be read.
     """
-    contents = read_contents(Path(folder))
+    contents = _read(folder)
     manifest = contents.manifest
     plan = _plan(contents)
     origin = _origin(manifest)
     model = _unpruned(manifest) if architecture is None else architecture
+    if manifest.reparameterized:
+        model = reparameterized(model)
     if dependencies is None:
         forward = forward or _known_forward(manifest, contents.folder, model)
         try:
@@ -321,6 +332,13 @@ def load(
             f"the weights in {contents.folder} don't fit the plan: {cause[-1].strip()}"
         ) from error
     return smaller.eval()
+
+
+def _read(folder: str | Path) -> Contents:
+    """Read the files of a run folder, which may lie on the Hub."""
+    if isinstance(folder, str) and folder.startswith(hub.SCHEME):
+        folder = hub.download(hub.parse_address(folder), {*HASHED, MANIFEST})
+    return read_contents(Path(folder))
 
 
 def _plan(contents: Contents) -> PruningPlan:
@@ -364,10 +382,10 @@ def load_program(folder: str | Path) -> nn.Module:
     A program is a list of tensor operations, to run, export or time; the code that defines the
     network is not needed. To prune or train the network further, use `load`. The outputs equal
     those of the network that `load` returns, bit for bit if its weights lie in contiguous memory,
-    for batches of any size. Raises `RunFolderError` as `load` does, and if the folder has no
-    program.
+    for batches of any size. `folder` is as for `load`. Raises `RunFolderError` as `load` does, and
+    if the folder has no program.
     """
-    contents = read_contents(Path(folder))
+    contents = _read(folder)
     if PROGRAM not in contents.files:
         reason = contents.manifest.no_program or f"{MANIFEST} lists none"
         raise RunFolderError(f"{contents.folder} has no program: {reason}")

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from secateur.data.preprocessing import Preprocessing
+from secateur.graph.module_state import evaluating
+from secateur.graph.widths import Widths
 from secateur.runtime.errors import UnknownName, UsageError
 
 IMAGE_SIZE = 256
@@ -67,3 +70,16 @@ def _library() -> Any:
     except ImportError as error:
         raise UsageError("smp: networks need the extra: pip install 'secateur[smp]'") from error
     return segmentation_models_pytorch
+
+
+def update_widths(path: str, model: Any, smaller: Any, widths: Widths) -> None:
+    """Set `out_channels` of an encoder in a cut network to what it returns for an image."""
+    values = vars(smaller)
+    if not isinstance(values.get("_out_channels"), list | tuple):
+        return
+    parameter = next(smaller.parameters())
+    image = parameter.new_zeros(1, values["_in_channels"], *widths.image_size)
+    with evaluating(smaller), torch.no_grad():
+        features = smaller(image)
+    channels = (feature.shape[1] for feature in features)
+    values["_out_channels"] = type(values["_out_channels"])(channels)

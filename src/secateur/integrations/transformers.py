@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from secateur.graph.widths import Widths
 from secateur.runtime.errors import UsageError, WeightsError
 
 WEIGHTS = "model.safetensors"
@@ -98,3 +99,25 @@ def _library() -> Any:
             "transformers: networks need the extra: pip install 'secateur[transformers]'"
         ) from error
     return transformers
+
+
+def update_widths(path: str, model: Any, smaller: Any, widths: Widths) -> None:
+    """Set the widths in a network's configuration and of a backbone, at `path` in a cut network."""
+    config = vars(model).get("config")
+    sizes, embedded = getattr(config, "hidden_sizes", None), getattr(config, "embedding_size", None)
+    if not isinstance(sizes, list | tuple):
+        return
+    start = f"{path}." if path else ""
+    names = [name for name, _ in model.named_modules()]
+
+    def width(ending: str, before: int) -> int:
+        places = [f"{start}{name}" for name in names if f".{name}".endswith(f".{ending}")]
+        after = (widths.of_output(place, before) for place in places)
+        return next((size for size in after if size is not None), before)
+
+    stages = [width(f"encoder.stages.{number}", size) for number, size in enumerate(sizes)]
+    smaller.config.hidden_sizes = type(sizes)(stages)
+    if isinstance(embedded, int):
+        smaller.config.embedding_size = width("embedder", embedded)
+        if vars(model).get("num_features") == [embedded, *sizes]:  # of a backbone
+            smaller.num_features = [smaller.config.embedding_size, *stages]

@@ -25,6 +25,7 @@ from secateur.models.labelled_images import label_images
 from secateur.models.metrics.user_function import NetworkFunction
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
+from secateur.models.reparameterize import reparameterized
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.kept_classes import cut_to_classes
 from secateur.pipeline.run_context import RunContext
@@ -112,7 +113,10 @@ def prepare(
     network = with_forward(model, forward)
     network = with_inputs(network, calibration.inputs)
     few = calibration.pixels[:FIRST_IMAGES]
-    original = with_logits(working_copy(network, few[:2]), few, config.model.task)
+    network = working_copy(network, few[:2])
+    if config.model.reparameterize:
+        network = reparameterized(network, few[:2])
+    original = with_logits(network, few, config.model.task)
     run_context = replace(
         _run_context(shows_progress=asked.progress),
         criterion=passed_criterion,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secateur import data
 from secateur.config import PREPROCESSING_KEYS, Fit, RunConfig
@@ -20,6 +20,7 @@ from secateur.models import libraries, user_code, zoo
 from secateur.models.labelled_images import label_images
 from secateur.models.metrics import by_name as metrics
 from secateur.models.outputs import through_logits
+from secateur.models.reparameterize import reparameterized
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.kept_classes import cut_to_classes
 from secateur.pipeline.run_context import RunContext
@@ -32,6 +33,7 @@ from secateur.pipeline.synthetic_data import (
 from secateur.pipeline.user_data import UserData, call_loader, read_user_data
 from secateur.runtime.device import find_device
 from secateur.runtime.errors import DataError, UsageError
+from secateur.runtime.torch_internals import Convolution
 from secateur.scoring import concepts, criteria
 from secateur.training import own_loss
 
@@ -96,6 +98,8 @@ def load_inputs(
         weights_key=config.model.weights_key,
         notify=notes.append,
     ).to(device)
+    if config.model.reparameterize:
+        model = reparameterized(model, _noise(model, config))
     if config.model.forward is not None:
         model = with_forward(model, user_code.find(config.model.forward, "function"))
     elif zoo.may_return_more(config.model.name):
@@ -141,6 +145,16 @@ def load_data(
         )
     dataset = _load_named(config)
     return dataset if kept is None else dataset.of_classes(kept)
+
+
+def _noise(model: nn.Module, config: RunConfig) -> Tensor:
+    """Return two images of noise for a network of the first layer's channels."""
+    kernels = (module for module in model.modules() if isinstance(module, Convolution))
+    channels = next((layer.in_channels for layer in kernels), 3)
+    size = config.data.image_size or zoo.preprocessing(config.model.name).image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randn(2, channels, height, width, generator=generator)
 
 
 def _load_named(config: RunConfig) -> DataSet:

@@ -14,6 +14,7 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import form_of, shapes_of_factors
 from secateur.graph.module_state import device_of
 from secateur.graph.residual_branches import ResidualBranch
+from secateur.models.reparameterize import hint as branches_hint
 from secateur.pipeline import stages
 from secateur.pipeline.estimate import REPORT_STAGE, show_plan
 from secateur.pipeline.inputs import describe_inputs, resolve_config
@@ -34,6 +35,7 @@ from secateur.pruning.apply import dropped_branches
 from secateur.pruning.cost.dropped import dropped_savings
 from secateur.pruning.outcome import RefitOutcome
 from secateur.runtime.environment import environment
+from secateur.runtime.errors import TargetError
 
 
 def prune(
@@ -90,8 +92,18 @@ def prune_round(
     run_context = run_context.collecting_unreadable(config)
     asked, config = config, resolve_config(config, dataset, original)
     notes = describe_inputs(asked, config, dataset)
-    this = begin_round(original, dataset, config, run_context, baseline=baseline, earlier=earlier)
-    cut = stages.cut(this)
+    hint = "" if config.model.reparameterize or earlier is not None else branches_hint(original)
+    try:
+        this = begin_round(
+            original, dataset, config, run_context, baseline=baseline, earlier=earlier
+        )
+        cut = stages.cut(this)
+    except TargetError as error:
+        if not hint:
+            raise
+        raise TargetError(f"{error}; {hint}") from error
+    if hint:
+        notes = (*notes, f"{hint}.")
     refit = stages.refit(this, cut) if config.refit.is_any else None
     distilled = stages.distill(this, cut) if config.distill.epochs else None
     pruned = _collect(this, notes, cut, refit, distilled)

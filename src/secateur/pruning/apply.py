@@ -13,6 +13,7 @@ from secateur.graph.residual_branches import (
     residual_branches,
 )
 from secateur.graph.wrappers import unwrapped
+from secateur.integrations.widths import refuse_save_pretrained, update_widths
 from secateur.pruning.plan import PruningPlan
 from secateur.runtime.errors import RunFolderError
 
@@ -23,18 +24,21 @@ def apply_plan(model: nn.Module, dependencies: DependencyGraph, plan: PruningPla
     Convolutions with a rank in the plan are two each (`graph.factorisation`), and residual branches
     that it drops are constants (`graph.residual_branches`), without the hooks that they had.
     The copy has the mode, hooks, dtype, memory format and `requires_grad` of `model`, which is not
-    changed. Of a network that is compiled or wrapped in `DataParallel` the network itself is copied
-    and returned. Raises `RunFolderError` if the plan was
-    made for another network, or names a group, filter, convolution or branch that the network
-    lacks.
+    changed; its modules state the widths that they have now (`integrations.widths`). Of a network
+    that is compiled or wrapped in `DataParallel` the network itself is copied and returned. Raises
+    `RunFolderError` if the plan was made for another network, or names a group, filter, convolution
+    or branch that the network lacks.
     """
     check_plan(dependencies, plan)
     model = unwrapped(model)
     branches = dropped_branches(model, dependencies, plan)
     smaller = cut(model, dependencies, plan.removed)
+    update_widths(model, smaller, dependencies, plan.removed)
     _check_ranks(smaller, plan)
     replace_by_factors(smaller, plan.ranks)
     drop_branches(smaller, dependencies, plan.removed, branches)
+    if plan.ranks or branches:
+        refuse_save_pretrained(smaller)
     return smaller
 
 

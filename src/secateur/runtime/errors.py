@@ -16,6 +16,7 @@
     │   └── NotFiniteLoss    the loss of a training
     ├── ExportError          a network that can't be written as ONNX, or whose outputs differ there
     ├── RunFolderError       an output folder that exists already, or a damaged run folder
+    ├── HubError             a repository on the Hugging Face Hub that can't be read or written
     └── WriteError           a file or folder that can't be written
 """
 
@@ -108,6 +109,10 @@ class ExportError(SecateurError):
 
 class RunFolderError(SecateurError):
     """The run folder exists already, is incomplete, or has been changed."""
+
+
+class HubError(SecateurError):
+    """A repository on the Hugging Face Hub can't be reached, read or written."""
 
 
 class WriteError(SecateurError):

@@ -15,6 +15,7 @@ from secateur.runtime.errors import UsageError
 KEYS = (
     *(options.MODEL, options.WEIGHTS, options.WEIGHTS_KEY, options.ALLOW_UNTRAINED),
     *(options.TASK, options.FORWARD, options.METRIC, options.DECODER, options.DEVICE),
+    options.REPARAMETERIZE,
     options.SOURCE,
     *(options.NUM_CLASSES, options.IMAGE_SIZE, options.CALIBRATION_IMAGES),
     Key("data.keep_classes", options.DATA),
