@@ -40,6 +40,7 @@ PURPOSES = {
     "timm": "networks by name",
     "onnx": "ONNX files",
     "onnxruntime": "checks and times ONNX files",
+    "openvino": "times networks and writes its format",
     "onnxscript": "torch's ONNX exporter",
     "datasets": "Hugging Face data sets",
     "huggingface-hub": "networks on the Hugging Face Hub",
