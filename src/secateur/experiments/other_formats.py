@@ -1,8 +1,9 @@
 """Export a network to the formats of other engines than onnxruntime, and check what they compute.
 
 Each format has its package: OpenVINO's intermediate representation, ExecuTorch's `.pte` (XNNPACK),
-Core ML's `.mlpackage`, and the package of `torch.compile`'s ahead-of-time compiler. They are all
-made from PyTorch's ExportedProgram. TorchScript is not among them: torch itself advises against it.
+Core ML's `.mlpackage`, and the package of `torch.compile`'s ahead-of-time compiler. OpenVINO reads
+an ONNX file, the others PyTorch's ExportedProgram. TorchScript is not among them: torch itself
+advises against it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.export import ExportedProgram
 
 from secateur.config import FormatName
 from secateur.engines.flat_network import flat_network, inputs_in, outputs_error, run_flat
-from secateur.engines.onnx_file import Images, cause, quiet
+from secateur.engines.onnx_file import Images, cause, check_packages, quiet, write_onnx
 from secateur.experiments.onnx_export import TOLERANCE
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.trace import export_program
@@ -50,7 +51,8 @@ class _Format:
     suffix: str
     extra: str
     """The package that it needs."""
-    write: Callable[[ExportedProgram, Path], None]
+    write: Callable[[nn.Module, Tensor, Path], None]
+    """Writes a network, for batches like the example."""
     run: Callable[[Path, Sequence[Tensor]], Outputs] | None
     """None where only other machines can."""
     batch: int | None = None
@@ -85,13 +87,7 @@ def export_as(
         draft = Path(folder) / path.name
         try:
             with quiet(), evaluating(model), torch.no_grad():
-                network, inputs = flat_network(model), inputs_in(model, example)
-                program = (
-                    export_program(network, inputs)
-                    if wanted.batch is None
-                    else torch.export.export(network, inputs)
-                )
-                wanted.write(program, draft)
+                wanted.write(model, example, draft)
                 expected, _ = run_flat(model, noise)
                 outputs = None if wanted.run is None else wanted.run(draft, inputs_in(model, noise))
         except ImportError as missing:
@@ -119,10 +115,21 @@ def export_as(
     return FormatResult(path, name, size, error, wanted.batch)
 
 
-def _write_openvino(program: ExportedProgram, path: Path) -> None:
+def _program(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """Return the program of a network for exactly the example's batch."""
+    return torch.export.export(flat_network(model), inputs_in(model, example))
+
+
+def _write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
     import openvino
 
-    openvino.save_model(openvino.convert_model(program), path, compress_to_fp16=False)
+    # By way of ONNX, since `openvino.convert_model` reports to its makers what it converts.
+    check_packages()
+    file = path.with_suffix(".onnx")
+    names = [f"input_{number}" for number in range(len(inputs_in(model, example)))]
+    write_onnx(model, example, file, names)
+    openvino.save_model(openvino.Core().read_model(file), path, compress_to_fp16=False)
+    file.unlink()
 
 
 def _run_openvino(path: Path, inputs: Sequence[Tensor]) -> Outputs:
@@ -135,10 +142,11 @@ def _run_openvino(path: Path, inputs: Sequence[Tensor]) -> Outputs:
     return [torch.from_numpy(results[output]) for output in compiled.outputs]
 
 
-def _write_executorch(program: ExportedProgram, path: Path) -> None:
+def _write_executorch(model: nn.Module, example: Tensor, path: Path) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    program = _program(model, example)
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path.write_bytes(edge.to_executorch().buffer)
 
@@ -151,12 +159,12 @@ def _run_executorch(path: Path, inputs: Sequence[Tensor]) -> Outputs:
     return outputs
 
 
-def _write_coreml(program: ExportedProgram, path: Path) -> None:
+def _write_coreml(model: nn.Module, example: Tensor, path: Path) -> None:
     import coremltools
 
     # Core ML takes no ONNX files any more, and a program of basic operations only.
     converted = coremltools.convert(
-        program.run_decompositions({}),
+        _program(model, example).run_decompositions({}),
         source="pytorch",
         minimum_deployment_target=coremltools.target.iOS17,
         compute_precision=coremltools.precision.FLOAT32,
@@ -164,9 +172,14 @@ def _write_coreml(program: ExportedProgram, path: Path) -> None:
     converted.save(str(path))
 
 
+def _write_aotinductor(model: nn.Module, example: Tensor, path: Path) -> None:
+    program = export_program(flat_network(model), inputs_in(model, example))
+    compile_ahead_of_time(program, path)
+
+
 FORMATS: dict[FormatName, _Format] = {
     "openvino": _Format(".xml", "secateur[openvino]", _write_openvino, _run_openvino),
     "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _run_executorch, batch=1),
     "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
-    "aotinductor": _Format(".pt2", "torch>=2.6", compile_ahead_of_time, run_compiled),
+    "aotinductor": _Format(".pt2", "torch>=2.6", _write_aotinductor, run_compiled),
 }
