@@ -25,7 +25,7 @@ from secateur.runtime.timing import Rounds
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONAL = ("lightning", "monai", "transformers")
+OPTIONAL = ("lightning", "monai", "timm", "transformers")
 """Packages that examples may use and that need not be installed."""
 SMALL = preprocessing.Preprocessing(64, 73)
 CLASSES = ("cat", "dog", "horse")
@@ -77,6 +77,8 @@ def arguments_of(command: str) -> list[str] | None:
 def test_python_examples_run(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if 'secateur.load("runs/finetuned")' in block.text:
         pytest.skip("run with the commands of its page")
+    if "hf://" in block.text:
+        pytest.skip("needs the network; test_hub loads from a stand-in")
     if block.page.stem == "ultralytics":
         pytest.skip("run in order, with a network and data, by test_ultralytics")
     for package in OPTIONAL:

@@ -25,7 +25,9 @@ HALF = Budget("macs", 0.5)
 
 
 def baseline_of(trials: int) -> Baseline:
-    config = small_config(Path("unused"), model={"name": "resnet20"}, plan={"trials": trials})
+    config = small_config(
+        Path("unused"), model={"name": "resnet20"}, plan={"trials": trials, "round_to": 1}
+    )
     return make_baseline(zoo.load("resnet20"), data.load("digits"), config)
 
 

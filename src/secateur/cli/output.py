@@ -125,7 +125,7 @@ def show_benchmark(tables: Sequence[TextTable], verdict_text: str) -> None:
             shown.add_row(*map(escaped, line))
         out().print(shown)
         out().print(escaped(table.note), highlight=False)
-    out().print(f"{escaped(verdict_text)}.", soft_wrap=True, highlight=False, style="bold")
+    out().print(f"{escaped(verdict_text)}.", highlight=False, style="bold")
 
 
 def show_unreadable(names: Sequence[str]) -> None:
