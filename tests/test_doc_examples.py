@@ -78,7 +78,7 @@ def test_python_examples_run(block: Block, tmp_path: Path, monkeypatch: pytest.M
     if 'secateur.load("runs/finetuned")' in block.text:
         pytest.skip("run with the commands of its page")
     if "hf://" in block.text:
-        pytest.skip("needs the network; test_hub loads from a stand-in")
+        pytest.skip("needs the network; test_hub has a server of its own")
     if block.page.stem == "ultralytics":
         pytest.skip("run in order, with a network and data, by test_ultralytics")
     for package in OPTIONAL:
