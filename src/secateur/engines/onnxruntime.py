@@ -23,7 +23,7 @@ class OnnxRuntime(FileEngine):
     """Runs ONNX files in onnxruntime."""
 
     name: EngineName = "onnxruntime"
-    grid = 4
+    grid: int = 4
     """Convolutions keep the blocked layout where the channels that they read are a multiple of 4
     (`plan.GRIDS`)."""
 

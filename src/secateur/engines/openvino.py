@@ -33,7 +33,7 @@ class OpenVino(FileEngine):
                 "OpenVINO needs the extra: pip install 'secateur[openvino]' "
                 f"(no module {error.name})"
             ) from error
-        self.version = str(openvino.__version__)
+        self.version: str = str(openvino.__version__)
         self._core = openvino.Core()
 
     def prepare_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:

@@ -21,8 +21,8 @@ class PyTorch:
     """Runs the operations of a network one after the other."""
 
     name: EngineName = "pytorch"
-    version = str(torch.__version__)
-    grid = 1
+    version: str = str(torch.__version__)
+    grid: int = 1
 
     def prepare(self, model: nn.Module, batch: Tensor) -> Action:
         """Return what runs a network on a batch; see `Engine`."""
