@@ -1192,7 +1192,7 @@ def test_export_to_int8_scores_both_files_and_times_them(
     for module in (export, int8_export):
         monkeypatch.setattr(module, "LATENCY_ROUNDS", Rounds(1, 1))
     path = tmp_path / "small.onnx"
-    arguments = ["export", digits_run.folder, "--out", path, "--int8", "--no-latency"]
+    arguments = ["export", digits_run.folder, "--out", path, "--int8"]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
     quantised = json.loads(outcome.out)["int8"]
@@ -1205,3 +1205,15 @@ def test_export_to_int8_scores_both_files_and_times_them(
     outcome = call(*arguments)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
+    for options, words in (
+        (["--opset", 99, "--overwrite"], "can't write opset 99"),
+        (["--format", "openvino", "--int8"], "--int8 and --opset are for --format onnx"),
+        (["--format", "nothing"], "there is no format 'nothing'"),
+        (["--format", "torchscript"], "torch advises against TorchScript"),
+    ):
+        outcome = call("export", digits_run.folder, "--out", path, *options)
+        assert outcome.code in (1, 2)
+        assert words in outcome.err
+    outcome = call("evaluate", digits_run.folder, "--set", "data.keep_classes=1,3")
+    assert outcome.code == 2
+    assert "a run's classes are those that it was pruned for" in outcome.err

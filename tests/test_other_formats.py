@@ -51,6 +51,8 @@ def test_a_file_computes_what_the_network_does(
     with pytest.raises(ExportError, match="--overwrite"):
         export_as(name, network, IMAGES, path)
     export_as(name, network, IMAGES, path, overwrite=True)
+    with pytest.raises(UsageError, match=f"ends in {FORMATS[name].suffix}"):
+        export_as(name, network, IMAGES, tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))
@@ -61,5 +63,5 @@ def test_a_package_that_is_not_installed_is_named(
         monkeypatch.delitem(sys.modules, package)
     monkeypatch.setitem(sys.modules, PACKAGES[name], None)
     with pytest.raises(UsageError, match=rf"the format {name} needs its package: pip install"):
-        export_as(name, network, IMAGES, tmp_path / "model")
+        export_as(name, network, IMAGES, tmp_path / f"model{FORMATS[name].suffix}")
     assert list(tmp_path.iterdir()) == []

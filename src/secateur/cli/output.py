@@ -267,6 +267,8 @@ def show_int8(quantised: Int8Result) -> None:
         f"{metric_text(after.metric, unit)} in int8 ({after.images} test images)",
         highlight=False,
     )
+    if not quantised.latency:
+        return
     table = Table(box=None, pad_edge=False)
     table.add_column("onnxruntime")
     for title in ("batch", "original ms", "pruned ms", "ratio"):

@@ -69,7 +69,8 @@ def write_onnx(
         raise ExportError(f"the network can't be exported to ONNX: {cause(error)}") from error
     if opset not in (None, written):
         raise ExportError(
-            f"torch's exporter wrote opset {written} in place of {opset}: ask for {written} or more"
+            f"torch's exporter can't write opset {opset}, and wrote {written}: ask for {written} "
+            f"or for another that torch {torch.__version__} knows"
         )
     return written
 

@@ -62,6 +62,9 @@ class OpenVino(FileEngine):
             "INFERENCE_PRECISION_HINT": "f32",  # otherwise bfloat16 where the processor has it
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
+            # A pinned thread may share its core with another program, and then takes many times
+            # as long.
+            "ENABLE_CPU_PINNING": False,
             "PERF_COUNT": is_profiled,
         }
         try:

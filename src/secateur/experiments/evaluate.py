@@ -33,7 +33,7 @@ from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
 from secateur.runtime import distributed
 from secateur.runtime.device import find_device
-from secateur.runtime.errors import SecateurError
+from secateur.runtime.errors import SecateurError, UsageError
 from secateur.runtime.hashing import weights_hash
 
 
@@ -76,6 +76,11 @@ def evaluate_run(
     in it that the user has set: what is user code is not run otherwise. Agreement is not known if
     the original can't be loaded; a note says why. Raises `SecateurError`.
     """
+    if "data.keep_classes" in named:
+        raise UsageError(
+            "a run's classes are those that it was pruned for: leave data.keep_classes out, or "
+            "name the unpruned network with --model"
+        )
     check_named(run, config, {*named, "model.name", "model.forward"})
     network = load_pruned(run).to(find_device(config.model.device))
     kept = read_origin(run).kept_classes

@@ -70,17 +70,19 @@ class Int8Result:
     @property
     def advice(self) -> str:
         """What to know of the two before one of them is deployed; empty if nothing."""
-        last = self.latency[-1]
-        if last.original_float_ms is None or last.original_int8_ms is None:
+        if not self.latency:
             return ""
-        in_float = last.float_ms / last.original_float_ms
-        in_int8 = last.int8_ms / last.original_int8_ms
-        together = last.int8_ms / last.original_float_ms
+        last = self.latency[-1]
         if last.int8_ms > last.float_ms:
             return (
                 "int8 is slower than float here: the processor may lack instructions for it. "
                 "Deploy the float file, or time int8 on the device."
             )
+        if last.original_float_ms is None or last.original_int8_ms is None:
+            return ""
+        in_float = last.float_ms / last.original_float_ms
+        in_int8 = last.int8_ms / last.original_int8_ms
+        together = last.int8_ms / last.original_float_ms
         if in_int8 - in_float < LEAST_EATEN:
             return ""
         return (
@@ -100,6 +102,7 @@ def export_int8(
     *,
     original: nn.Module | None = None,
     kept: KeptClasses | None = None,
+    is_timed: bool = True,
 ) -> Int8Result:
     """Quantise the ONNX file of a run's network, score both on the test images and time both.
 
@@ -107,7 +110,7 @@ def export_int8(
     with the data where they are now. At most `CALIBRATION_IMAGES` of the training images set the
     ranges of activations, drawn as the run's calibration images are. The `original` is timed only:
     the values of its weights don't matter. `kept` are the classes of the network, if it was cut to
-    some. Raises `SecateurError`.
+    some. Nothing is timed unless `is_timed`. Raises `SecateurError`.
     """
     dataset = load_data(config, network, kept)
     config = resolve_config(config, dataset, network)
@@ -141,7 +144,7 @@ def export_int8(
         score(file, "scoring float"),
         score(path, "scoring int8"),
         task,
-        _latency(network, file, path, original, example),
+        _latency(network, file, path, original, example) if is_timed else (),
     )
 
 

@@ -78,6 +78,8 @@ def export_as(
         UsageError: the format's package is not installed.
     """
     wanted = FORMATS[name]
+    if path.suffix != wanted.suffix:
+        raise UsageError(f"the format {name} needs a file name that ends in {wanted.suffix}")
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists already: choose another file or add --overwrite")
     example = as_input(model, repeat_to_batch(example, wanted.batch or 2))

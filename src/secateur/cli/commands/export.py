@@ -64,6 +64,8 @@ def export(
     from secateur.models import user_code, zoo
 
     if file_format != "onnx":
+        if int8 or opset is not None:
+            raise UsageError("--int8 and --opset are for --format onnx")
         _export_as(file_format, run, out, overwrite=overwrite, as_json=as_json)
         return
     path = out or run / "model.onnx"
@@ -89,7 +91,10 @@ def export(
     if config is not None:
         context = output.run_context()
         quantised = export_int8(
-            network, path, int8_path, config, context, original=original, kept=origin.kept_classes
+            *(network, path, int8_path, config, context),
+            original=original,
+            kept=origin.kept_classes,
+            is_timed=latency,
         )
     output.show_export(result, times, quantised, as_json=as_json)
 
