@@ -64,8 +64,7 @@ def export(
     from secateur.models import user_code, zoo
 
     if file_format != "onnx":
-        if int8 or opset is not None:
-            raise UsageError("--int8 and --opset are for --format onnx")
+        _check_onnx_options(is_any=int8 or opset is not None)
         _export_as(file_format, run, out, overwrite=overwrite, as_json=as_json)
         return
     path = out or run / "model.onnx"
@@ -97,6 +96,11 @@ def export(
             is_timed=latency,
         )
     output.show_export(result, times, quantised, as_json=as_json)
+
+
+def _check_onnx_options(*, is_any: bool) -> None:
+    if is_any:
+        raise UsageError("--int8 and --opset are for --format onnx")
 
 
 def _export_as(name: str, run: Path, out: Path | None, *, overwrite: bool, as_json: bool) -> None:
