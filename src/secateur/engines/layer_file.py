@@ -11,7 +11,7 @@ from secateur.graph.layer_calls import LayerCall
 from secateur.runtime.torch_internals import OpOverload, schema_of
 
 OPSET = 17
-"""Old enough for every engine; no operation used here has changed since."""
+"""Old enough for every engine."""
 IR_VERSION = 8
 
 

@@ -6,7 +6,7 @@ Both files run in onnxruntime. Needs the extra `export`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from secateur.engines.output_structure import Structure, put_together
 from secateur.engines.quantised_file import Inputs, quantise_file
 from secateur.experiments.evaluate import task_and_metric
 from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS
-from secateur.experiments.user_code_keys import check_named
 from secateur.graph.forward import inputs_of, with_inputs
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
@@ -146,11 +145,6 @@ def export_int8(
         task,
         _latency(network, file, path, original, example) if is_timed else (),
     )
-
-
-def check_data_is_named(run: Path, config: RunConfig, named: Collection[str]) -> None:
-    """Raise `UsageError` if the run's data come from code that is not named on the command line."""
-    check_named(run, config, {*named, "model.name", "model.forward"})
 
 
 class _FileNetwork(nn.Module):

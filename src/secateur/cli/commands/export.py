@@ -56,28 +56,28 @@ def export(
     import torch
 
     from secateur.cli import output
-    from secateur.experiments.int8_export import check_data_is_named, export_int8
+    from secateur.experiments.int8_export import export_int8
     from secateur.experiments.manifest import CONFIG, read_manifest
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
     from secateur.experiments.run_folder import load_pruned, read_origin
+    from secateur.experiments.user_code_keys import check_named
     from secateur.graph.forward import with_inputs
     from secateur.models import user_code, zoo
 
     if file_format != "onnx":
-        _check_onnx_options(is_any=int8 or opset is not None)
-        _export_as(file_format, run, out, overwrite=overwrite, as_json=as_json)
+        asks_onnx = int8 or opset is not None
+        _export_as(file_format, run, out, asks_onnx, overwrite=overwrite, as_json=as_json)
         return
     path = out or run / "model.onnx"
     int8_path = path.with_suffix(".int8.onnx")
     check_free(path, overwrite=overwrite)
-    if int8:
-        check_free(int8_path, overwrite=overwrite)
+    config = None
     network = load_pruned(run)
     manifest, origin = read_manifest(run), read_origin(run)
-    config = None
     if int8:
+        check_free(int8_path, overwrite=overwrite)
         config = config_options.make(RunConfig, base=run / CONFIG)
-        check_data_is_named(run, config, config_options.changes().keys())
+        check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
     example = torch.zeros(2, *origin.image_shape)
     result = export_onnx(network, origin.unpacked(example), path, opset=opset, overwrite=overwrite)
     name, classes = manifest.architecture, manifest.num_classes
@@ -98,13 +98,13 @@ def export(
     output.show_export(result, times, quantised, as_json=as_json)
 
 
-def _check_onnx_options(*, is_any: bool) -> None:
-    if is_any:
-        raise UsageError("--int8 and --opset are for --format onnx")
+def _export_as(
+    name: str, run: Path, out: Path | None, asks_onnx: bool, *, overwrite: bool, as_json: bool
+) -> None:
+    """Export the pruned network of a run folder to another format than ONNX.
 
-
-def _export_as(name: str, run: Path, out: Path | None, *, overwrite: bool, as_json: bool) -> None:
-    """Export the pruned network of a run folder to another format than ONNX."""
+    `asks_onnx` says whether an option is set that only ONNX has.
+    """
     import torch
 
     from secateur.cli import output
@@ -112,6 +112,8 @@ def _export_as(name: str, run: Path, out: Path | None, *, overwrite: bool, as_js
     from secateur.experiments.run_folder import load_pruned, read_origin
     from secateur.graph.forward import with_inputs
 
+    if asks_onnx:
+        raise UsageError("--int8 and --opset are for --format onnx")
     if name == "torchscript":
         raise UsageError(
             "torch advises against TorchScript, which is not developed any more: --format "
