@@ -3,10 +3,10 @@
     python bench/widths.py cifar10 --data DIR --weights DIR [--networks PATTERN] [--seeds 3]
     python bench/widths.py imagenet --data DIR --weights DIR
 
-By default every layer keeps a multiple of four filters. For each network and calibration set this
-prunes to the same fraction of the MACs with free widths and with multiples of 4, 8 and 16, and
-refits. CIFAR-10's networks are refitted on 2,000 images, MobileNetV2 on 300 ordinary images of
-ImageNet. They are scored on the test images, which choose nothing. Each measurement adds a line to
+By default every layer keeps a multiple of four filters, and of 16 where feature maps are
+concatenated. For each network and calibration set this prunes to the same fraction of the MACs with
+free widths, by default and with multiples of 4, 8 and 16, and refits. CIFAR-10's networks are
+refitted on 2,000 images, MobileNetV2 and SqueezeNet on 300 ordinary images of ImageNet. They are scored on the test images, which choose nothing. Each measurement adds a line to
 `results/widths.jsonl`, and the table is in docs/explanation/widths.md.
 """
 
@@ -32,9 +32,13 @@ from training_free import Ours
 RESULTS = ROOT / "results" / "widths.jsonl"
 PAGE = ROOT / "docs" / "explanation" / "widths.md"
 KEY = ("network", "target", "round_to", "seed")
-TARGETS = {"resnet20": "macs=0.5", "resnet56": "macs=0.5", "mobilenetv2": "macs=0.8"}
-NETWORKS = {"cifar10": ("resnet20", "resnet56"), "imagenet": ("mobilenetv2",)}
-MULTIPLES = (1, 4, 8, 16)
+TARGETS = {
+    **{"resnet20": "macs=0.5", "resnet56": "macs=0.5"},
+    **{"mobilenetv2": "macs=0.8", "squeezenet1_1": "macs=0.8"},
+}
+NETWORKS = {"cifar10": ("resnet20", "resnet56"), "imagenet": ("mobilenetv2", "squeezenet1_1")}
+MULTIPLES = (1, 0, 4, 8, 16)
+"""0 stands for the default."""
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def measure(network: str, seed: int, multiples: list[int], arguments: argparse.N
     before = fraction_equal(predictions(model, batches), labels(batches))
     target = TARGETS[network]
     for multiple in multiples:
-        plan = config.plan.model_copy(update={"target": target, "round_to": multiple})
+        plan = config.plan.model_copy(update={"target": target, "round_to": multiple or None})
         run_config = config.model_copy(update={"plan": plan, "seed": seed})
         context = make_scoring_context(
             model, dataset, run_config, criterion_names=(run_config.score.criterion,)
@@ -113,9 +117,9 @@ def table(rows: list[Measurement]) -> str:
             if (1, seed) in mine
         ]
         spread = f" ± {statistics.stdev(changes):.2f}" if len(changes) > 1 else ""
-        change = f"{statistics.mean(changes):+.2f}{spread}" if changes and multiple > 1 else "–"
+        change = f"{statistics.mean(changes):+.2f}{spread}" if changes and multiple != 1 else "–"
         lines.append(
-            f"| {network}, {100 * selected[0]['before_fraction']:.2f} | {multiple} | {len(seeds)} "
+            f"| {network}, {100 * selected[0]['before_fraction']:.2f} | {multiple or 'default'} | {len(seeds)} "
             f"| {statistics.mean(row['macs_left'] for row in selected):.3f} | "
             f"{100 * statistics.mean(row['test_fraction'] for row in selected):.2f} | "
             f"{change.replace('-', '−')} |"

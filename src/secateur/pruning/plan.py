@@ -32,6 +32,12 @@ from secateur.pruning.allocation import (
 )
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.quantities import count_quantity, crowding_of
+from secateur.pruning.multiples import (
+    DEFAULT_MULTIPLES,
+    FREE,
+    Multiples,
+    concatenated_groups,
+)
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
 
@@ -44,13 +50,8 @@ RANK_FLOOR = 2 / 3
 """Least rank of a kernel, over the rank that the target leaves of every kernel in equal shares.
 What a kernel does for the original network says little of what it can do after the cut: in the
 refit it also corrects the errors of the layers before it."""
-GRIDS = (4, 2, 1)
-"""Of these, kept filters are a multiple of the first that brings the plan near enough to the budget
-if none is asked for. onnxruntime's convolutions leave their blocked layout, and take up to
-twice as long, or eight times if they are depthwise, where the number of channels that they read is
-no multiple of 4 (onnxruntime 1.32, `MlasNchwc`)."""
 MOST_BELOW = 0.03
-"""How far below the budget near enough is, as a fraction of it: in narrow networks a coarse grid
+"""How far below the budget `DEFAULT_MULTIPLES` may end, as a fraction of it: in narrow networks they
 would remove much more than asked for. Latency falls in steps by itself, and is planned again."""
 
 
@@ -164,8 +165,8 @@ def make_plan(  # public: one keyword for each thing that a user may set
     `scores` is `{group: score [channel]}`; higher scores stay, and `ties` decides between equal
     ones (`ranking.rank`). The `allocation` decides how many filters each group loses, by default
     the same fraction everywhere. A group keeps at least `min_filters`, and a multiple of `round_to`
-    filters or all of them; None takes one of `GRIDS`. A latency budget needs
-    the table of `latency_profiler.measure_latency`.
+    filters or all of them; None takes one of `DEFAULT_MULTIPLES`. A latency budget needs the table of
+    `latency_profiler.measure_latency`.
 
     Raises `TargetError` if even the smallest allowed network exceeds the budget, and `UsageError`
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
@@ -175,18 +176,18 @@ def make_plan(  # public: one keyword for each thing that a user may set
     ranking = rank(scores, dependencies, criterion, ties=ties)
     ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
     is_free = round_to is None and allocation.rule != "shares"
-    grids = GRIDS if is_free else (round_to or GRIDS[-1],)
-    for grid in grids:
+    choices = DEFAULT_MULTIPLES if is_free else (Multiples(round_to or 1, round_to or 1),)
+    for multiples in choices:
         space = make_space(
             ranking,
             dependencies,
             target,
-            round_to=grid,
+            multiples=multiples,
             min_filters=min_filters,
             latency=latency,
             allocation=allocation,
         )
-        is_last = grid == grids[-1]
+        is_last = multiples == choices[-1]
         if not space.fits(space.least) and not is_last:
             continue
         counts = _counts(space, dependencies, target, allocation, ordered)
@@ -239,7 +240,7 @@ def make_space(
     dependencies: DependencyGraph,
     target: Budget,
     *,
-    round_to: int = 1,
+    multiples: Multiples = FREE,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
     allocation: Allocation | None = None,
@@ -252,10 +253,13 @@ def make_space(
     allocation = allocation or Allocation()
     measure = count_quantity(dependencies, target.quantity, latency)
     pressure = crowding_of(dependencies, target.quantity)
-    order = ranking.order
+    concatenated = concatenated_groups(dependencies)
     steps = {
-        name: _steps(dependencies, name, channels, round_to, max(min_filters, ranking.least[name]))
-        for name, channels in order.items()
+        name: _steps(
+            *(dependencies, name, channels, multiples.of(name, concatenated)),
+            max(min_filters, ranking.least[name]),
+        )
+        for name, channels in ranking.order.items()
     }
     if allocation.keeps_channels:
         steps = {name: allowed[-1:] for name, allowed in steps.items()}
@@ -275,7 +279,7 @@ def make_space(
         return measure(removed) - savings(counts, removed)
 
     def with_ranks(floor: float) -> SearchSpace:
-        ranks = actions.ranks.steps(round_to, floor)
+        ranks = actions.ranks.steps(multiples.each, floor)
         return SearchSpace(
             {**steps, **ranks, **actions.branches.steps},
             left,
@@ -327,7 +331,7 @@ def _frozen_hint(dependencies: DependencyGraph) -> str:
 
 
 def _steps(
-    dependencies: DependencyGraph, name: str, order: Sequence[int], round_to: int, least: int
+    dependencies: DependencyGraph, name: str, order: Sequence[int], multiple: int, least: int
 ) -> list[int]:
     """Return how many channels of a group may stay, in rising order."""
     group = dependencies.groups[name]
@@ -339,6 +343,6 @@ def _steps(
     allowed = [
         count
         for count, width in enumerate(widths, start=1)
-        if count >= least and width % round_to == 0 and count < len(order)
+        if count >= least and width % multiple == 0 and count < len(order)
     ]
     return [*allowed, len(order)]

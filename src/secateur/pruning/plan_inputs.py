@@ -24,7 +24,8 @@ from secateur.pruning.actions import Actions, BranchChoice, RankChoice
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.latency_profiler import measure_latency
 from secateur.pruning.depth_sensitivity import droppable_branches, measure_depth_sensitivity
-from secateur.pruning.plan import GRIDS, Allocation, PruningPlan, make_plan, make_space
+from secateur.pruning.multiples import Multiples
+from secateur.pruning.plan import Allocation, PruningPlan, make_plan, make_space
 from secateur.pruning.rank_sensitivity import measure_rank_sensitivity
 from secateur.pruning.ranking import rank
 from secateur.pruning.sensitivity import measure_sensitivity
@@ -108,7 +109,7 @@ class PlanInputs:
             self.dependencies,
             target,
             allocation=self.allocation,
-            round_to=self.settings.round_to or GRIDS[-1],
+            multiples=Multiples(self.settings.round_to or 1, self.settings.round_to or 1),
             min_filters=self.settings.min_filters,
             latency=self.latency,
         )
