@@ -3,11 +3,12 @@
     python bench/engine_times.py [--networks PATTERN] [--threads 1 2] [--data DIR --weights DIR]
 
 Each network is cut to 0.6 of its MACs with widths by default and, beside them, free widths and
-multiples of 16. Where trained weights are at hand (`--weights`: MobileNetV2) the plan is the one
-of `secateur prune`; other networks have random weights, a random ranking and equal shares, so that
-every width is cut. All files of a network are timed interleaved, 1 and 16 images of 224² at a time,
-with every engine that is installed. Each network adds a line to `results/engine_times.jsonl`, and
-the tables are in docs/explanation/widths.md.
+multiples of 16. Trained networks (`--data`, the folder of the ImageNet samples and of YOLOX's
+images, and `--weights`) have the plan of `secateur prune`; others have random weights, a random
+ranking and equal shares, so that every width is cut. What an engine runs of a network is timed
+interleaved, 1 and 16 images at a time, for engines that are installed (`--engines compile` too, for
+the default widths alone, since compiling takes minutes). Each network and engine adds a line to
+`results/engine_times.jsonl`, and the tables are in docs/explanation/widths.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
-from secateur.config import Budget
+from secateur.config import Budget, EngineName, RunConfig
+from secateur.data import DataSet
 from secateur.engines.file_engine import FileEngine
 from secateur.engines.onnx_file import write_onnx
 from secateur.engines.quantised_file import quantise_file
@@ -43,8 +45,8 @@ from tables import with_table
 
 RESULTS = ROOT / "results" / "engine_times.jsonl"
 PAGE = ROOT / "docs" / "explanation" / "widths.md"
-KEY = ("network", "threads")
-TRAINED = "mobilenetv2"
+KEY = ("network", "threads", "engine")
+TRAINED = ("mobilenetv2", "yolox_nano")
 NETWORKS = (
     *("resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"),
     *("regnet_y_400mf", "shufflenet_v2_x1_0", "densenet121", "convnext_tiny"),
@@ -52,8 +54,12 @@ NETWORKS = (
 """Of torchvision, with random weights."""
 TARGET = "macs=0.6"
 WIDTHS: dict[str, int | None] = {"free": 1, "default": None, "16": 16}
-SIDE, BATCHES, SEED = 224, (1, 16), 0
-ROUNDS = Rounds(fewest=7, most=51, seconds=15.0, warm_up=2)
+COMPILED = ("whole", "default")
+BATCHES, SEED = (1, 16), 0
+SIDES = {"yolox_nano": 416}
+SIDE = 224
+ENGINES: tuple[EngineName, ...] = ("pytorch", "onnxruntime", "openvino")
+ROUNDS = Rounds(fewest=7, most=51, seconds=12.0, warm_up=2)
 INT8_IMAGES = 8
 """Noise images that set the ranges of activations: only time is measured here."""
 
@@ -65,42 +71,51 @@ def main() -> None:
     )
     parser.add_argument("--networks", default="*", help="pattern of networks")
     parser.add_argument("--threads", type=int, nargs="+", default=(1, 2))
-    parser.add_argument("--engines", nargs="+", default=("pytorch", "onnxruntime", "openvino"))
-    parser.add_argument("--data", help="the folder of the ImageNet samples")
+    parser.add_argument("--engines", nargs="+", default=ENGINES)
+    parser.add_argument("--data", help="the folder of the samples")
     parser.add_argument("--weights", type=Path, help="the folder of the weights")
     parser.add_argument("--tables", action="store_true", help="write the tables alone")
     arguments = parser.parse_args()
-    networks = NETWORKS if arguments.weights is None else (TRAINED, *NETWORKS)
+    networks = NETWORKS if arguments.weights is None else (*TRAINED, *NETWORKS)
     if not arguments.tables:
         known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
         for network in fnmatch.filter(networks, arguments.networks):
-            threads = [count for count in arguments.threads if (network, count) not in known]
-            if threads:
-                measure(network, threads, arguments)
+            missing = [
+                (threads, engine)
+                for threads, engine in itertools.product(arguments.threads, arguments.engines)
+                if (network, threads, engine) not in known
+                and (engine != "openvino" or has("openvino"))
+            ]
+            if missing:
+                measure(network, missing, arguments)
     rows = read_measurements(RESULTS, KEY)
     PAGE.write_text(with_table(PAGE.read_text(), "results/engine_times.jsonl", table(rows)))
 
 
-def measure(network: str, threads: list[int], arguments: argparse.Namespace) -> None:
-    """Append a row for each number of threads."""
-    model, smaller = trained(arguments) if network == TRAINED else untrained(network)
-    images = torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(SEED))
+def measure(
+    network: str, missing: list[tuple[int, EngineName]], arguments: argparse.Namespace
+) -> None:
+    """Append a row for each number of threads and engine."""
+    model, smaller = trained(network, arguments) if network in TRAINED else untrained(network)
+    side = SIDES.get(network, SIDE)
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(SEED))
     macs = {name: build_dependency_graph(one, images).macs() for name, one in smaller.items()}
     whole_macs = build_dependency_graph(model, images).macs()
     networks = {"whole": model, **smaller}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: written(one, images, Path(folder), name) for name, one in networks.items()}
-        for count in threads:
-            torch.set_num_threads(count)
+        for threads, engine in missing:
+            torch.set_num_threads(threads)
             row: Measurement = {
                 "network": network,
-                "threads": count,
+                "threads": threads,
+                "engine": engine,
                 "target": TARGET,
                 "seed": SEED,
-                "is_trained": network == TRAINED,
+                "is_trained": network in TRAINED,
                 "macs_left": {name: one / whole_macs for name, one in macs.items()},
                 "milliseconds": {
-                    str(batch): timed(networks, files, repeat_to_batch(images, batch), arguments)
+                    str(batch): timed(engine, networks, files, repeat_to_batch(images, batch))
                     for batch in BATCHES
                 },
                 "command": "python bench/engine_times.py",
@@ -108,7 +123,7 @@ def measure(network: str, threads: list[int], arguments: argparse.Namespace) -> 
                 "environment": surroundings("onnx", "onnxruntime", *["openvino"] * has("openvino")),
             }
             append_measurement(RESULTS, row)
-            print(network, count, table([row]), sep="\n", flush=True)
+            print(network, threads, table([row]), sep="\n", flush=True)
 
 
 def has(package: str) -> bool:
@@ -134,13 +149,9 @@ def untrained(network: str) -> tuple[nn.Module, dict[str, nn.Module]]:
     return model, smaller
 
 
-def trained(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Return the trained MobileNetV2, and networks that the default method cuts from it."""
-    from actions import load_network
-
-    config, dataset, model = load_network(
-        TRAINED, argparse.Namespace(**{**vars(arguments), "study": "imagenet"})
-    )
+def trained(network: str, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Return a trained network, and networks that the default method cuts from it."""
+    config, dataset, model = load_trained(network, arguments)
     smaller = {}
     for name, multiple in WIDTHS.items():
         plan = config.plan.model_copy(update={"target": TARGET, "round_to": multiple})
@@ -157,6 +168,20 @@ def trained(arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, nn.Modu
     return model.eval(), smaller
 
 
+def load_trained(
+    network: str, arguments: argparse.Namespace
+) -> tuple[RunConfig, DataSet, nn.Module]:
+    """Return the configuration of a network's run, the images, and the trained network."""
+    if network == "yolox_nano":
+        from detection import load_study
+
+        study = load_study(Path(arguments.data) / "yolox_nano_coco")
+        return study.config, study.dataset, study.model
+    from actions import load_network
+
+    return load_network(network, argparse.Namespace(**{**vars(arguments), "study": "imagenet"}))
+
+
 def written(model: nn.Module, images: Tensor, folder: Path, name: str) -> dict[str, Path]:
     """Return the float and the int8 file of a network."""
     files = {form: folder / f"{name}.{form}.onnx" for form in ("float", "int8")}
@@ -167,29 +192,23 @@ def written(model: nn.Module, images: Tensor, folder: Path, name: str) -> dict[s
 
 
 def timed(
+    engine_name: EngineName,
     networks: Mapping[str, nn.Module],
     files: Mapping[str, Mapping[str, Path]],
     batch: Tensor,
-    arguments: argparse.Namespace,
 ) -> dict[str, float]:
-    """Return the median times by `engine form network`; those of an engine are interleaved."""
-    medians: dict[str, float] = {}
+    """Return the median times by `form network`, interleaved."""
+    engine = find_engine(engine_name)
+    actions: dict[str, Callable[[], object]] = {}
     with torch.inference_mode():
-        for engine_name in arguments.engines:
-            if engine_name == "openvino" and not has("openvino"):
-                continue
-            engine = find_engine(engine_name)
-            actions: dict[str, Callable[[], object]] = {}
-            for name, model in networks.items():
-                if not isinstance(engine, FileEngine):
-                    with evaluating(model):
-                        actions[f"{engine_name} float {name}"] = engine.prepare(model, batch)
-                    continue
+        for name, model in networks.items():
+            if isinstance(engine, FileEngine):
                 for form, file in files[name].items():
-                    action = engine.prepare_file(file, (batch,))
-                    actions[f"{engine_name} {form} {name}"] = action
-            medians |= interleaved_medians(actions, ROUNDS)
-    return medians
+                    actions[f"{form} {name}"] = engine.prepare_file(file, (batch,))
+            elif engine_name != "compile" or name in COMPILED:
+                with evaluating(model):
+                    actions[f"float {name}"] = engine.prepare(model, batch)
+        return interleaved_medians(actions, ROUNDS)
 
 
 def table(rows: list[Measurement]) -> str:
@@ -200,14 +219,15 @@ def table(rows: list[Measurement]) -> str:
     ]
     ratios: dict[tuple[str, str, str], list[float]] = {}
     for row in sorted(rows, key=lambda row: key_of(row, KEY)):
-        kinds = dict.fromkeys(
-            tuple(key.split()[:2]) for times in row["milliseconds"].values() for key in times
-        )
-        for engine, form in kinds:
+        engine = row["engine"]
+        for form in dict.fromkeys(key.split()[0] for key in row["milliseconds"]["1"]):
             texts = []
             for name, batch in itertools.product(WIDTHS, map(str, BATCHES)):
                 times = row["milliseconds"][batch]
-                ratio = times[f"{engine} {form} {name}"] / times[f"{engine} {form} whole"]
+                if f"{form} {name}" not in times:
+                    texts.append("–")
+                    continue
+                ratio = times[f"{form} {name}"] / times[f"{form} whole"]
                 ratios.setdefault((engine, form, name), []).append(ratio)
                 texts.append(f"{ratio:.2f}")
             pairs = [" / ".join(texts[start : start + 2]) for start in (0, 2, 4)]
@@ -216,9 +236,11 @@ def table(rows: list[Measurement]) -> str:
                 f"| {title} | {row['threads']} | {engine} | {form} | {' | '.join(pairs)} |"
             )
     for engine, form in dict.fromkeys(key[:2] for key in ratios):
-        means = [statistics.geometric_mean(ratios[engine, form, name]) for name in WIDTHS]
-        largest = [max(ratios[engine, form, name]) for name in WIDTHS]
-        texts = [f"{mean:.2f}, most {most:.2f}" for mean, most in zip(means, largest, strict=True)]
+        lists = [ratios.get((engine, form, name)) for name in WIDTHS]
+        texts = [
+            f"{statistics.geometric_mean(one):.2f}, most {max(one):.2f}" if one else "–"
+            for one in lists
+        ]
         lines.append(f"| **geometric mean** | | {engine} | {form} | {' | '.join(texts)} |")
     return "\n".join(lines)
 

@@ -6,7 +6,8 @@
 By default every layer keeps a multiple of four filters, and of 16 where feature maps are
 concatenated. For each network and calibration set this prunes to the same fraction of the MACs with
 free widths, by default and with multiples of 4, 8 and 16, and refits. CIFAR-10's networks are
-refitted on 2,000 images, MobileNetV2 and SqueezeNet on 300 ordinary images of ImageNet. They are scored on the test images, which choose nothing. Each measurement adds a line to
+refitted on 2,000 images, MobileNetV2 and SqueezeNet on 300 ordinary images of ImageNet. They are
+scored on the test images, which choose nothing. Each measurement adds a line to
 `results/widths.jsonl`, and the table is in docs/explanation/widths.md.
 """
 
@@ -33,8 +34,10 @@ RESULTS = ROOT / "results" / "widths.jsonl"
 PAGE = ROOT / "docs" / "explanation" / "widths.md"
 KEY = ("network", "target", "round_to", "seed")
 TARGETS = {
-    **{"resnet20": "macs=0.5", "resnet56": "macs=0.5"},
-    **{"mobilenetv2": "macs=0.8", "squeezenet1_1": "macs=0.8"},
+    "resnet20": "macs=0.5",
+    "resnet56": "macs=0.5",
+    "mobilenetv2": "macs=0.8",
+    "squeezenet1_1": "macs=0.8",
 }
 NETWORKS = {"cifar10": ("resnet20", "resnet56"), "imagenet": ("mobilenetv2", "squeezenet1_1")}
 MULTIPLES = (1, 0, 4, 8, 16)
@@ -119,8 +122,8 @@ def table(rows: list[Measurement]) -> str:
         spread = f" ± {statistics.stdev(changes):.2f}" if len(changes) > 1 else ""
         change = f"{statistics.mean(changes):+.2f}{spread}" if changes and multiple != 1 else "–"
         lines.append(
-            f"| {network}, {100 * selected[0]['before_fraction']:.2f} | {multiple or 'default'} | {len(seeds)} "
-            f"| {statistics.mean(row['macs_left'] for row in selected):.3f} | "
+            f"| {network}, {100 * selected[0]['before_fraction']:.2f} | {multiple or 'default'} | "
+            f"{len(seeds)} | {statistics.mean(row['macs_left'] for row in selected):.3f} | "
             f"{100 * statistics.mean(row['test_fraction'] for row in selected):.2f} | "
             f"{change.replace('-', '−')} |"
         )

@@ -51,8 +51,8 @@ RANK_FLOOR = 2 / 3
 What a kernel does for the original network says little of what it can do after the cut: in the
 refit it also corrects the errors of the layers before it."""
 MOST_BELOW = 0.03
-"""How far below the budget `DEFAULT_MULTIPLES` may end, as a fraction of it: in narrow networks they
-would remove much more than asked for. Latency falls in steps by itself, and is planned again."""
+"""How far below the budget a plan with `DEFAULT_MULTIPLES` may end, as a fraction of it: narrow
+networks would lose much more than asked for. Latency falls in steps, and is planned again."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def make_plan(  # public: one keyword for each thing that a user may set
     `scores` is `{group: score [channel]}`; higher scores stay, and `ties` decides between equal
     ones (`ranking.rank`). The `allocation` decides how many filters each group loses, by default
     the same fraction everywhere. A group keeps at least `min_filters`, and a multiple of `round_to`
-    filters or all of them; None takes one of `DEFAULT_MULTIPLES`. A latency budget needs the table of
-    `latency_profiler.measure_latency`.
+    filters or all of them; None takes one of `DEFAULT_MULTIPLES`. A latency budget needs the table
+    of `latency_profiler.measure_latency`.
 
     Raises `TargetError` if even the smallest allowed network exceeds the budget, and `UsageError`
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
