@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import data
-from secateur.config import RunConfig
+from secateur.config import ENGINE_TITLES, RunConfig
 from secateur.data import DataSet, Images, split_calibration
 from secateur.data.batch_reader import BatchReader
 from secateur.data.imagenet import readable_class_names
@@ -273,6 +273,9 @@ def make_baseline(
         config.plan,
         progress=run_context.progress,
     )
+    multiples = plan_inputs[names[0]].engine_multiples
+    if multiples is not None:
+        notes = (*notes, f"in {ENGINE_TITLES[config.plan.engine]}, {multiples}")
     seconds += time.perf_counter() - since
     return Baseline(
         score, predictions, notes, context, plan_inputs, seconds, run_context.unreadable_files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph
@@ -11,14 +12,14 @@ from secateur.graph.network_graph import argument
 class Multiples(NamedTuple):
     """A group keeps a multiple of so many channels, or all."""
 
-    each: int
-    """Of every group."""
+    usual: int
+    """Of groups in general."""
     concatenated: int
     """Of groups whose feature maps are concatenated."""
 
     def of(self, name: str, concatenated: frozenset[str]) -> int:
         """Return the multiple for a group, given the names of those that are concatenated."""
-        return self.concatenated if name in concatenated else self.each
+        return self.concatenated if name in concatenated else self.usual
 
 
 FREE = Multiples(1, 1)
@@ -30,6 +31,25 @@ if they are depthwise, where the number of channels that they read is no multipl
 are concatenated in that layout, in blocks of 16 channels, only if each of them fills its blocks
 (onnxruntime 1.32 with AVX-512, `MlasNchwc`; docs/explanation/widths.md has the times).
 """
+
+
+def default_multiples(engine_multiple: int, *, has_concatenated: bool) -> tuple[Multiples, ...]:
+    """Return the multiples to try, the coarsest first.
+
+    Convolutions of the engine that will run the network need to read a multiple of
+    `engine_multiple` channels.
+    """
+    needed = [
+        Multiples(*(math.lcm(multiple, engine_multiple) for multiple in multiples))
+        for multiples in DEFAULT_MULTIPLES
+    ]
+    return tuple(
+        dict.fromkeys(
+            multiples
+            for multiples in (*needed, *DEFAULT_MULTIPLES)
+            if has_concatenated or multiples.usual == multiples.concatenated
+        )
+    )
 
 
 def concatenated_groups(dependencies: DependencyGraph) -> frozenset[str]:
@@ -51,5 +71,5 @@ def concatenated_groups(dependencies: DependencyGraph) -> frozenset[str]:
         for ids in joined:
             if ids is not None:
                 channels = dependencies.channel_of[ids]
-                names |= {group_of[int(one)] for one in channels if one != NOT_PRUNABLE}
+                names |= {group_of[int(number)] for number in channels if number != NOT_PRUNABLE}
     return frozenset(names)

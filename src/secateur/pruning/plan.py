@@ -33,10 +33,10 @@ from secateur.pruning.allocation import (
 from secateur.pruning.cost.latency_model import LatencyTable
 from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.multiples import (
-    DEFAULT_MULTIPLES,
     FREE,
     Multiples,
     concatenated_groups,
+    default_multiples,
 )
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
@@ -51,7 +51,7 @@ RANK_FLOOR = 2 / 3
 What a kernel does for the original network says little of what it can do after the cut: in the
 refit it also corrects the errors of the layers before it."""
 MOST_BELOW = 0.03
-"""How far below the budget a plan with `DEFAULT_MULTIPLES` may end, as a fraction of it: narrow
+"""How far below the budget a plan with default multiples may end, as a fraction of it: narrow
 networks would lose much more than asked for. Latency falls in steps, and is planned again."""
 
 
@@ -157,6 +157,7 @@ def make_plan(  # public: one keyword for each thing that a user may set
     allocation: Allocation | None = None,
     ties: Mapping[str, Tensor] | None = None,
     round_to: int | None = 1,
+    engine_multiple: int = 1,
     min_filters: int = 1,
     latency: LatencyTable | None = None,
 ) -> PruningPlan:
@@ -165,8 +166,8 @@ def make_plan(  # public: one keyword for each thing that a user may set
     `scores` is `{group: score [channel]}`; higher scores stay, and `ties` decides between equal
     ones (`ranking.rank`). The `allocation` decides how many filters each group loses, by default
     the same fraction everywhere. A group keeps at least `min_filters`, and a multiple of `round_to`
-    filters or all of them; None takes one of `DEFAULT_MULTIPLES`. A latency budget needs the table
-    of `latency_profiler.measure_latency`.
+    filters or all of them; None takes one of `default_multiples`,
+    given the engine's. A latency budget needs the table of `latency_profiler.measure_latency`.
 
     Raises `TargetError` if even the smallest allowed network exceeds the budget, and `UsageError`
     if a score is missing or not finite, or if the allocation or the budget lacks its input.
@@ -176,7 +177,11 @@ def make_plan(  # public: one keyword for each thing that a user may set
     ranking = rank(scores, dependencies, criterion, ties=ties)
     ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
     is_free = round_to is None and allocation.rule != "shares"
-    choices = DEFAULT_MULTIPLES if is_free else (Multiples(round_to or 1, round_to or 1),)
+    choices = (
+        default_multiples(engine_multiple, has_concatenated=bool(concatenated_groups(dependencies)))
+        if is_free
+        else (Multiples(round_to or 1, round_to or 1),)
+    )
     for multiples in choices:
         space = make_space(
             ranking,
@@ -279,7 +284,7 @@ def make_space(
         return measure(removed) - savings(counts, removed)
 
     def with_ranks(floor: float) -> SearchSpace:
-        ranks = actions.ranks.steps(multiples.each, floor)
+        ranks = actions.ranks.steps(multiples.usual, floor)
         return SearchSpace(
             {**steps, **ranks, **actions.branches.steps},
             left,

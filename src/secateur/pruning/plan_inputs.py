@@ -14,6 +14,7 @@ from torch.fx.node import Node
 
 from secateur.config import Budget, PlanSection, ScoreSection
 from secateur.data import Batch
+from secateur.engines.multiples import EngineMultiples, measure_multiples
 from secateur.engines.registry import find_engine
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import factorable_layers
@@ -48,6 +49,8 @@ class PlanInputs:
     ties: Mapping[str, Tensor] | None
     """Scores that decide between equal ones."""
     latency: LatencyTable | None
+    engine_multiples: EngineMultiples | None = None
+    """Measured where another engine than PyTorch is to run the network, at widths of its choice."""
 
     def plan(self, budget: Budget, depth_weight: float = 0.0) -> PruningPlan:
         """Return the plan for a budget; raises the errors of `make_plan`.
@@ -63,6 +66,7 @@ class PlanInputs:
             allocation=self._weighted(depth_weight),
             ties=self.ties,
             round_to=self.settings.round_to,
+            engine_multiple=max(self.engine_multiples or (1,)),
             min_filters=self.settings.min_filters,
             latency=self.latency,
         )
@@ -168,13 +172,14 @@ def make_plan_inputs(
     if moments is not None and any(filter_scores.has_ties for filter_scores in scores.values()):
         ties = scores_of(moments, dependencies)
     state = tensors_of(model)
-    latency = None
+    engine, latency = find_engine(settings.engine), None
     if settings.budget.quantity == "latency":
         latency = distributed.on_main_process(
-            lambda: measure_latency(
-                model, dependencies, images.example, find_engine(settings.engine)
-            )
+            lambda: measure_latency(model, dependencies, images.example, engine)
         )
+    multiples = None
+    if settings.round_to is None and settings.engine != "pytorch":
+        multiples = distributed.on_main_process(lambda: measure_multiples(engine))
     actions = Actions(
         _rank_choice(model, dependencies, images, settings, progress),
         _branch_choice(model, dependencies, images, settings, progress),
@@ -203,7 +208,7 @@ def make_plan_inputs(
             )
             allocation = replace(allocation, sensitivity=sensitivity)
         inputs[name] = PlanInputs(
-            dependencies, scores[name], settings, allocation, own_ties, latency
+            dependencies, scores[name], settings, allocation, own_ties, latency, multiples
         )
     return inputs
 
