@@ -33,7 +33,9 @@ def test_actions_are_interleaved_and_the_median_counts(monkeypatch: pytest.Monke
         "pruned": 2000.0,
         "original": 4000.0,
     }
-    assert order == ["pruned", "original"] * 5
+    rounds = [order[start : start + 2] for start in range(0, 10, 2)]
+    assert all(sorted(names) == ["original", "pruned"] for names in rounds)
+    assert rounds != [rounds[0]] * 5, "a fixed order can keep step with the scheduler"
 
 
 def test_late_rounds_are_left_out_after_the_fewest(monkeypatch: pytest.MonkeyPatch) -> None:

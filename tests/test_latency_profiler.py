@@ -73,7 +73,7 @@ def test_no_factor_is_negative() -> None:
 
 def test_two_networks_are_timed_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that gets slower slows both."""
-    durations = (float(2**number) for number in range(100))
+    durations = (1.1**number for number in range(100))
 
     def seconds(action: Callable[[], object]) -> float:
         action()
@@ -82,8 +82,9 @@ def test_two_networks_are_timed_interleaved(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(timing, "seconds", seconds)
     monkeypatch.setattr(profiler, "INTERLEAVED_ROUNDS", Rounds(9, 9))
     model, smaller = Chain(), Chain().train()
-    # Each pass takes twice the time of the one before it: so does the second network, and no more.
-    assert profiler.Stopwatch(model.eval(), random_images(2)).fraction_left(smaller) == 2
+    # Each pass takes longer than the one before it. One network after the other: 2.4.
+    fraction = profiler.Stopwatch(model.eval(), random_images(2)).fraction_left(smaller)
+    assert fraction == pytest.approx(1.0, abs=0.11)
     assert smaller.training
     assert not model.training
 

@@ -12,14 +12,14 @@ from secateur.graph.network_graph import argument
 class Multiples(NamedTuple):
     """A group keeps a multiple of so many channels, or all."""
 
-    usual: int
+    general: int
     """Of groups in general."""
     concatenated: int
     """Of groups whose feature maps are concatenated."""
 
     def of(self, name: str, concatenated: frozenset[str]) -> int:
         """Return the multiple for a group, given the names of those that are concatenated."""
-        return self.concatenated if name in concatenated else self.usual
+        return self.concatenated if name in concatenated else self.general
 
 
 FREE = Multiples(1, 1)
@@ -47,7 +47,7 @@ def default_multiples(engine_multiple: int, *, has_concatenated: bool) -> tuple[
         dict.fromkeys(
             multiples
             for multiples in (*needed, *DEFAULT_MULTIPLES)
-            if has_concatenated or multiples.usual == multiples.concatenated
+            if has_concatenated or multiples.general == multiples.concatenated
         )
     )
 

@@ -284,7 +284,7 @@ def make_space(
         return measure(removed) - savings(counts, removed)
 
     def with_ranks(floor: float) -> SearchSpace:
-        ranks = actions.ranks.steps(multiples.usual, floor)
+        ranks = actions.ranks.steps(multiples.general, floor)
         return SearchSpace(
             {**steps, **ranks, **actions.branches.steps},
             left,

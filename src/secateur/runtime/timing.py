@@ -1,12 +1,15 @@
 """The one loop that times anything.
 
 A machine slows down and speeds up while it is measured. So whatever is compared is interleaved: a
-round runs every action once, and a slower minute slows all of them alike.
+round runs every action once, and a slower minute slows all of them alike. Each round has an order
+of its own: in a fixed one the scheduler of a busy machine interrupts the same action again and
+again, whose median then is several times too long.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -45,21 +48,22 @@ def interleaved_medians(actions: Mapping[Key, Action], rounds: Rounds) -> dict[K
 
 
 def interleaved_seconds(
-    order: Iterable[Key], prepare: Callable[[Key], Action], rounds: Rounds
+    keys: Iterable[Key], prepare: Callable[[Key], Action], rounds: Rounds
 ) -> dict[Key, list[float]]:
     """Return the seconds of every run of each key's action, without the warm-up rounds.
 
-    A round goes through `order`, which may name a key more than once. `prepare(key)` returns the
-    action that is timed; preparing it is not.
+    A round goes through `keys`, which may name a key more than once, in arbitrary order.
+    `prepare(key)` returns the action that is timed; preparing it is not.
     """
-    keys = tuple(order)
-    times: dict[Key, list[float]] = {key: [] for key in keys}
+    order, generator = list(keys), random.Random(0)
+    times: dict[Key, list[float]] = {key: [] for key in order}
     start = time.perf_counter()
     for number in range(rounds.warm_up + rounds.most):
         is_late = time.perf_counter() - start > rounds.seconds
         if is_late and number >= rounds.warm_up + rounds.fewest:
             break
-        for key in keys:
+        generator.shuffle(order)
+        for key in order:
             duration = seconds(prepare(key))
             if number >= rounds.warm_up:
                 times[key].append(duration)

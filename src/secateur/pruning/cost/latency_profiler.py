@@ -50,6 +50,8 @@ BLOCKS = (1, 8, 16)
 """Numbers of channels that machines are known to compute at once."""
 FRACTIONS = (0.85, 0.7, 0.55, 0.4)
 """Fractions of filters kept by the networks that are timed whole, besides the uncut one."""
+RUNS_OF_NETWORKS = 3
+"""Of each network in a round: a long run is seldom free of other work on the machine."""
 TABLE_ROUNDS = Rounds(fewest=3, most=15, seconds=12.0)
 """Rounds in which a latency table is measured."""
 INTERLEAVED_ROUNDS = Rounds(fewest=11, most=51, seconds=5.0, warm_up=1)
@@ -274,9 +276,8 @@ def _measure(
     """Return the samples of all layers, and the shortest time of every job in milliseconds.
 
     The jobs are the calls of the samples, by their keys, and the cut networks, by the numbers of
-    their cuts; these get a batch of the images and run three times per round. Layers that the
-    engine can't time are timed in PyTorch.
-    The shortest, since other work on the machine only adds time, and hits long jobs more often.
+    their cuts; these get a batch of the images. Layers that the engine can't time are timed in
+    PyTorch. The shortest, since other work on the machine only adds time, and hits long jobs more often.
     """
     layers_and_widths = zip(dependencies.layers, widths_of(dependencies), strict=True)
     samples = [
@@ -285,18 +286,12 @@ def _measure(
     calls = {call.key: call for sample in samples for call in sample.calls}
     known = engine.layer_seconds(calls)
     layers = jobs_of({key: call for key, call in calls.items() if key not in known})
-    keys = list(layers)
-    third = -(-len(keys) // 3)
-    order = [
-        key
-        for start in (0, third, 2 * third)
-        for key in (*range(len(cuts)), *keys[start : start + third])
-    ]
     networks = [cut(model, dependencies, removed).eval() for removed in cuts]
     batch = repeat_to_batch(images, LATENCY_BATCH)
     actions = [engine.prepare(network, batch) for network in networks]
     passes: Jobs = {number: partial(_itself, action) for number, action in enumerate(actions)}
     jobs = {**passes, **layers}
+    keys = [*RUNS_OF_NETWORKS * list(passes), *layers]
 
     def prepare(key: Key) -> Callable[[], object]:
         action = jobs[key]()
@@ -304,7 +299,7 @@ def _measure(
         return action
 
     with torch.inference_mode():
-        times = interleaved_seconds(order, prepare, TABLE_ROUNDS)
+        times = interleaved_seconds(keys, prepare, TABLE_ROUNDS)
     shortest = {key: min(runs) for key, runs in times.items()}
     return samples, {key: 1e3 * seconds for key, seconds in {**shortest, **known}.items()}
 
