@@ -277,7 +277,8 @@ def _measure(
 
     The jobs are the calls of the samples, by their keys, and the cut networks, by the numbers of
     their cuts; these get a batch of the images. Layers that the engine can't time are timed in
-    PyTorch. The shortest, since other work on the machine only adds time, and hits long jobs more often.
+    PyTorch. The shortest, since other work on the machine only adds time, and hits long jobs more
+    often.
     """
     layers_and_widths = zip(dependencies.layers, widths_of(dependencies), strict=True)
     samples = [
