@@ -77,6 +77,8 @@ CONCEPTS = Key("score.concepts", METHOD, complete=completion.concept_sources)
 PRUNE_RESIDUAL = Key("plan.prune_residual", BUDGET)
 EXCLUDE = Key("plan.exclude", BUDGET)
 SEED = Key("seed", OUTPUT)
+NAMING_MODEL = Key("report.naming_model", OUTPUT)
+VOCABULARY = Key("report.vocabulary", OUTPUT)
 
 Config = Annotated[
     Path | None,
@@ -102,6 +104,19 @@ Device = Annotated[
         autocompletion=completion.devices,
         help="Where networks run: auto, cpu, cuda, cuda:1, mps or xpu (default: as configured).",
         rich_help_panel=DATA,
+    ),
+]
+NamingModel = Annotated[
+    str | None,
+    typer.Option(
+        "--naming-model",
+        help="Folder of a CLIP or SigLIP that names each filter by a word (default: the run's).",
+    ),
+]
+Vocabulary = Annotated[
+    str | None,
+    typer.Option(
+        "--vocabulary", help="File of the words to name filters by (default: common words)."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=OUTPUT)]

@@ -361,9 +361,16 @@ def show_filters(group: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     table.add_column("best concept")
     table.add_column("IoU", justify="right")
+    if group["names"]:
+        table.add_column("name")
+        table.add_column("similarity", justify="right")
     for number, seen in enumerate(group["concepts"]):
         scores = [f"{values[number]:.4g}" for values in group["scores"].values()]
-        table.add_row(str(number), *scores, escaped(seen["concept"]), f"{seen['iou']:.3f}")
+        cells = [*scores, escaped(seen["concept"]), f"{seen['iou']:.3f}"]
+        name = group["names"][number] if group["names"] else None
+        if name is not None:
+            cells += [escaped(name["word"]), f"{name['similarity']:.3f}"]
+        table.add_row(str(number), *cells)
     out().print(table)
 
 
@@ -378,6 +385,9 @@ def show_filter(group: dict[str, Any], number: int) -> None:
     seen = group["concepts"][number]
     kind = "detector of" if seen["is_detector"] else "overlaps most"
     lines.append(f"{kind} {seen['concept']}, IoU {seen['iou']:.3f}")
+    if group["names"] and group["names"][number] is not None:
+        name = group["names"][number]
+        lines.append(f"named {name['word']}, similarity {name['similarity']:.3f}")
     tops = group["top_images"][number]
     lines.append(
         f"top calibration images: {', '.join(map(str, tops))}; where it is active in {tops[0]}:"

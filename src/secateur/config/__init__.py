@@ -294,6 +294,18 @@ class ReportSection(Section):
     out and reads no data."""
     top_images: int = Field(default=5, ge=1, le=16)
     """Number of top images shown per filter."""
+    naming_model: str | None = None
+    """Folder of an image–text model, a CLIP or SigLIP of transformers or open_clip, that names each
+    filter by a word; see docs/how_to/name_filters.md."""
+    vocabulary: str | None = None
+    """File of the words to name filters by, one a line; by default some 800 common words and the
+    names of the data's classes."""
+
+    @model_validator(mode="after")
+    def _check_vocabulary(self) -> ReportSection:
+        if self.vocabulary is not None and self.naming_model is None:
+            raise ValueError("a vocabulary needs a naming_model, which fits its words to filters")
+        return self
 
 
 class RunConfig(Section):

@@ -29,7 +29,7 @@ def draw_layer(
     labels: Sequence[str],
     order: Sequence[int],
 ) -> None:
-    """Write a PNG with one row per filter: its number, its label and its top images.
+    """Write a PNG with one row per filter: its number, its label (of any lines) and its top images.
 
     The first of the filters in `order` are drawn, in that order. Images are darkened where the
     filter does not exceed its threshold.
@@ -42,7 +42,11 @@ def draw_layer(
     pixels = context.calibration.read(images, context.reader.preprocessing)
     for row, number in enumerate(drawn):
         upper = row * (SIDE + 2)
-        text.text((4, upper + SIDE // 2 - 12), f"{number}\n{labels[number][:22]}", fill="black")
+        text.text(
+            (4, upper + SIDE // 2 - 12),
+            "\n".join([str(number), *(line[:22] for line in labels[number].split("\n"))]),
+            fill="black",
+        )
         for column, index in enumerate(positions[row].tolist()):
             tile = _tile(pixels[index], top.regions[number, column])
             sheet.paste(Image.fromarray(tile.numpy()), (LABEL_WIDTH + column * (SIDE + 2), upper))

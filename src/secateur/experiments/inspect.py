@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from secateur.models.evaluate import evaluate_and_predict
 from secateur.models.plausibility import find_doubt_about
 from secateur.pipeline.dissect import NetworkDissection, dissect_network
 from secateur.pipeline.inputs import check_names, describe_inputs, load_inputs, resolve_config
+from secateur.pipeline.name_filters import image_words_of
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.outcome import Sensitivity
@@ -83,16 +85,21 @@ def inspect_network(
         *_doubts(network, context, dataset, config),
     )
     names = tuple(dict.fromkeys((*criterion_names, NEEDED_BY)))
-    dissection = dissect_network(network, context, config, names, images=TOP_IMAGES)
+    image_words = image_words_of(config, context, dataset)
+    dissection = dissect_network(
+        network, context, config, names, images=TOP_IMAGES, image_words=image_words
+    )
     dependencies = context.dependencies
     if pictures is not None and distributed.is_main_process():
         make_folder(pictures)
         concepts = {name: dissection.concepts(group) for name, group in dependencies.groups.items()}
         for name, group in dependencies.groups.items():
             labels = [f"{best.concept} {best.iou:.2f}" for best in concepts[name]]
+            for number, filter_name in enumerate(dissection.names.get(name, ())):
+                labels[number] += f"\n{filter_name.word}" if filter_name else ""
             order = by_iou(concepts[name])
             draw_layer(pictures / f"{name}.png", context, dissection.top(group), labels, order)
-        write_index(pictures, config.model.name, concepts, MOST_FILTERS)
+        write_index(pictures, config.model.name, concepts, MOST_FILTERS, dissection.names)
     return {
         "model": config.model.name,
         "macs": dependencies.macs(),
@@ -184,6 +191,7 @@ def _group_facts(
             {"concept": best.concept, "iou": best.iou, "is_detector": best.is_detector}
             for best in dissection.concepts(group)
         ],
+        "names": [one and asdict(one) for one in dissection.names.get(name, ())],
         "top_images": top.indices.tolist(),
         "top_regions": [_as_rows(regions) for regions in top.regions[:, 0]],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from secateur.graph.taps import taps_of
 from secateur.pipeline.scoring_context import ScoringContext
 from secateur.scoring.criteria import make_criterion
 from secateur.scoring.dissection import Dissection, FilterConcept, TopFeatures, TopImages
+from secateur.scoring.naming import FilterName, ImageWords, Naming
 from secateur.scoring.scores import FilterScores, score_filters
 
 
@@ -27,6 +28,8 @@ class NetworkDissection:
     top_images: TopImages
     scores: dict[str, FilterScores]
     """By criterion."""
+    names: Mapping[str, list[FilterName | None]]
+    """The name of each channel, by group; empty if filters are not named."""
 
     def concepts(self, group: Group) -> list[FilterConcept]:
         """Return the best concept of each channel."""
@@ -49,14 +52,17 @@ def dissect_network(
     *,
     images: int,
     title: str = "dissecting filters",
+    image_words: ImageWords | None = None,
 ) -> NetworkDissection:
     """Compare every filter of `model` with every concept, on the calibration images.
 
     `context` must have been made for `model`. `images` is how many top images are kept of each
-    filter; the named criteria score the filters in the same pass. Raises `SecateurError`.
+    filter; the named criteria score the filters in the same pass. With `image_words` each filter is
+    named by one of those words. Raises `SecateurError`.
     """
     dissection = Dissection(tuple(concept.name for concept in context.source.concepts))
     top_images = TopImages(images)
+    naming = None if image_words is None else Naming(image_words)
     scores = score_filters(
         model,
         context.dependencies,
@@ -64,8 +70,12 @@ def dissect_network(
         {name: make_criterion(name, context.source, config) for name in criterion_names},
         context.source,
         config.score,
-        observers=(dissection, top_images),
+        observers=(dissection, top_images, *([] if naming is None else [naming])),
         task=context.task,
     )
     top_images.merge()
-    return NetworkDissection(context, dissection, top_images, scores)
+    names: dict[str, list[FilterName | None]] = {}
+    if naming is not None:
+        naming.merge()
+        names = {name: naming.names(group) for name, group in context.dependencies.groups.items()}
+    return NetworkDissection(context, dissection, top_images, scores, names)

@@ -14,8 +14,10 @@ from secateur.data.batch_reader import BatchReader
 from secateur.data.in_memory import split_images
 from secateur.data.kept_classes import KeptClasses
 from secateur.data.preprocessing import Preprocessing
+from secateur.data.vocabulary import read_vocabulary
 from secateur.graph.build import traceable_forward
 from secateur.graph.forward import with_forward
+from secateur.integrations.image_text import check_image_text_model
 from secateur.models import libraries, user_code, zoo
 from secateur.models.labelled_images import label_images
 from secateur.models.metrics import by_name as metrics
@@ -42,7 +44,10 @@ WHOLE: dict[str, Fit] = {"masks": "stretch", "objects": "letterbox"}
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UsageError` if the network, metric, criterion, concepts or loss do not exist."""
+    """Raise `UsageError` if the network, metric, criterion, concepts or loss do not exist.
+
+    Likewise the image–text model and the vocabulary (`DataError`) that are to name filters.
+    """
     zoo.check_name(config.model.name)
     if config.model.forward is not None:
         user_code.check_file(config.model.forward, "function")
@@ -52,6 +57,9 @@ def check_names(config: RunConfig) -> None:
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
     own_loss.check_name(config.finetune.loss)
+    if config.report.naming_model is not None:
+        check_image_text_model(config.report.naming_model)
+        read_vocabulary(config.report.vocabulary)
 
 
 def check_weights(config: RunConfig) -> None:

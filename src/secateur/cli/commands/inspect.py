@@ -25,6 +25,7 @@ KEYS = (
         options.CONCEPTS,
     ),
     *(options.PRUNE_RESIDUAL, options.EXCLUDE, options.SEED),
+    *(options.NAMING_MODEL, options.VOCABULARY),
 )
 
 

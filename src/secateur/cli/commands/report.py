@@ -49,6 +49,8 @@ def report(
             "run's, 512).",
         ),
     ] = None,
+    naming_model: options.NamingModel = None,
+    vocabulary: options.Vocabulary = None,
     beside: Annotated[
         Path | None,
         typer.Option("--beside", help="Benchmark folder to draw the run's trade-off among."),
@@ -79,6 +81,7 @@ def report(
         pictures = run / CHARTS if out is None else out.resolve()
     names = {"model.name": model, "model.forward": forward, "data.source": data_source}
     names["model.device"] = device
+    names |= {"report.naming_model": naming_model, "report.vocabulary": vocabulary}
     written = runs.report(
         run,
         output.run_context(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from secateur.experiments.report.html import read_script, render
 from secateur.runtime.atomic_io import replace_file
 from secateur.scoring.dissection import FilterConcept
+from secateur.scoring.naming import FilterName
 
 INDEX = "index.html"
 
@@ -23,13 +24,17 @@ class DissectedLayer:
     """Name of its file, beside the page."""
     pictured: int
     """Number of filters in the picture: the first ones."""
-    filters: tuple[tuple[int, FilterConcept], ...]
-    """Number and best concept of each filter, the highest IoU first."""
+    filters: tuple[tuple[int, FilterConcept, FilterName | None], ...]
+    """Number, best concept and name of each filter, the highest IoU first."""
+    is_named: bool
+    """Whether filters are named at all."""
 
     @property
     def histogram(self) -> list[tuple[str, int]]:
         """The number of detectors of each concept, most first."""
-        return Counter(best.concept for _, best in self.filters if best.is_detector).most_common()
+        return Counter(
+            best.concept for _, best, _ in self.filters if best.is_detector
+        ).most_common()
 
 
 def by_iou(concepts: Sequence[FilterConcept]) -> list[int]:
@@ -38,7 +43,11 @@ def by_iou(concepts: Sequence[FilterConcept]) -> list[int]:
 
 
 def write_index(
-    folder: Path, model: str, concepts: Mapping[str, Sequence[FilterConcept]], pictured: int
+    folder: Path,
+    model: str,
+    concepts: Mapping[str, Sequence[FilterConcept]],
+    pictured: int,
+    names: Mapping[str, Sequence[FilterName | None]],
 ) -> None:
     """Write the page to a folder that holds a picture `LAYER.png` of each layer.
 
@@ -47,13 +56,18 @@ def write_index(
         model: Name of the network.
         concepts: The best concept of each filter, by layer.
         pictured: Most filters in a picture.
+        names: The name of each filter, by layer; empty if filters are not named.
     """
     layers = [
         DissectedLayer(
             name,
             f"{name}.png",
             min(pictured, len(best)),
-            tuple((number, best[number]) for number in by_iou(best)),
+            tuple(
+                (number, best[number], names[name][number] if names else None)
+                for number in by_iou(best)
+            ),
+            bool(names),
         )
         for name, best in concepts.items()
     ]

@@ -21,6 +21,7 @@ from secateur.graph.dependency import DependencyGraph
 from secateur.graph.forward import inputs_of
 from secateur.graph.taps import as_maps
 from secateur.pipeline.dissect import dissect_network
+from secateur.pipeline.name_filters import image_words_of
 from secateur.pipeline.result import RunResult
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import (
@@ -31,6 +32,7 @@ from secateur.pipeline.scoring_context import (
 from secateur.runtime.packed_inputs import Inputs
 from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring.dissection import FilterConcept
+from secateur.scoring.naming import FilterName
 
 SIDE = 112
 """Largest side of an image in the page, in pixels."""
@@ -51,6 +53,8 @@ class LayerGallery:
     """For each filter the concepts with the highest IoU, the highest first."""
     after: tuple[FilterConcept | None, ...]
     """For each filter its best concept in the pruned network; None if the filter was removed."""
+    names: tuple[FilterName | None, ...]
+    """For each filter the word that names it; empty if filters are not named."""
     images: tuple[tuple[int, ...], ...]
     """For each filter its top images, as indices of `Gallery.images`."""
     grid: tuple[int, int]
@@ -108,7 +112,13 @@ def make_gallery(
     )
     run_context = RunContext(progress).collecting_unreadable(config)
     context = make_scoring_context(model, dataset, config, run_context, dependencies=dependencies)
-    before = dissect_network(model, context, config, images=config.report.top_images)
+    before = dissect_network(
+        model,
+        context,
+        config,
+        images=config.report.top_images,
+        image_words=image_words_of(config, context, dataset),
+    )
     context_after = make_scoring_context(smaller, dataset, config, run_context)
     title = "dissecting the pruned network"
     after = dissect_network(smaller, context_after, config, images=1, title=title)
@@ -135,6 +145,7 @@ def make_gallery(
                     iou, [concept.name for concept in context.source.concepts]
                 ),
                 after=tuple(best),
+                names=tuple(before.names.get(name, ())),
                 images=tuple(tuple(place[index] for index in row) for row in top.indices.tolist()),
                 grid=grid,
                 regions=regions,
@@ -241,6 +252,7 @@ def to_json(result: RunResult, gallery: Gallery | None) -> dict[str, Any]:
             fields |= {
                 "concepts": [[encode(overlap) for overlap in row] for row in layer.concepts],
                 "after": [None if best is None else encode(best) for best in layer.after],
+                "names": [one and (one.word, round(one.similarity, 4)) for one in layer.names],
                 "images": layer.images,
                 "grid": layer.grid,
                 "regions": base64.b64encode(layer.regions).decode(),

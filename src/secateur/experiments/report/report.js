@@ -28,7 +28,9 @@
         removed: removed.has(number),
         concepts,
         iou: concepts.length ? concepts[0][1] : 0,
-        text: [layer.name, number, ...concepts.map(([concept]) => data.concepts[concept])]
+        word: layer.names ? layer.names[number] : null, // and its similarity
+        text: [layer.name, number, ...concepts.map(([concept]) => data.concepts[concept]),
+          ...(layer.names && layer.names[number] ? [layer.names[number][0]] : [])]
           .join(" ").toLowerCase(),
       });
     });
@@ -165,6 +167,10 @@
       item.append(make("p", filter.concepts.length
         ? `Overlaps ${filter.concepts.map(overlap).join(", ")}.`
         : "Overlaps no concept."));
+      if (filter.word) {
+        const [word, similarity] = filter.word;
+        item.append(make("p", `Named “${word}” (similarity ${similarity.toFixed(3)}).`));
+      }
       const after = layer.after[filter.number];
       if (after) item.append(make("p", `After the last step: ${overlap(after)}.`));
     }
