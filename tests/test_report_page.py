@@ -30,6 +30,7 @@ from secateur.pipeline.inputs import load_inputs
 from secateur.pipeline.prune import prune
 from secateur.pipeline.result import RunResult, read_result
 from secateur.scoring.dissection import FilterConcept
+from secateur.scoring.naming import FilterName
 
 EVIL = "<img src=x onerror=alert(1)>"
 IN_A_COLUMN = 500
@@ -342,7 +343,8 @@ def test_the_pages_of_inspect_are_in_the_same_style(
     curves = {group.name: group.sensitivity for group in digits_run.result.groups}
     write_sensitivity(tmp_path / "curves.html", EVIL, curves)
     concepts = {"layer 1": [FilterConcept(EVIL, 0.2), FilterConcept("a", 0.01)]}
-    write_index(tmp_path, EVIL, concepts, 64)
+    names = {"layer 1": [FilterName(EVIL, 0.3), None]}
+    write_index(tmp_path, EVIL, concepts, 64, names)
     Image.new("RGB", (640, 196)).save(tmp_path / "layer 1.png")
     for name in ("curves.html", "index.html"):
         with opened(browser, tmp_path / name, PHONE) as watched:

@@ -99,29 +99,14 @@ class PruneResult:
         return Path(folder)
 
     @kept_memory()
-    def report(
-        self,
-        path: str | Path = "report.html",
-        *,
-        images: int = 512,
-        naming_model: str | Path | None = None,
-        vocabulary: str | Path | None = None,
-    ) -> Path:
+    def report(self, path: str | Path = "report.html", *, images: int = 512) -> Path:
         """Write one HTML file: what was removed, and what filters respond to; return its path.
 
         `images` is how many calibration images the filters are dissected with; 0 shows no images.
-        `naming_model` is the folder of a CLIP or SigLIP, which names each filter by a word of the
-        file `vocabulary` (one a line), by default by common words. Raises `WriteError`, or another
-        `SecateurError` if the model or the words can't be read.
+        Raises `WriteError`.
         """
         config = self.result.config
-        report_section = config.report.model_copy(
-            update={
-                "images": images,
-                "naming_model": None if naming_model is None else str(naming_model),
-                "vocabulary": None if vocabulary is None else str(vocabulary),
-            }
-        )
+        report_section = config.report.model_copy(update={"images": images})
         config = config.model_copy(update={"report": report_section})
         result = self.result.model_copy(update={"config": config})
         gallery = make_gallery(
