@@ -100,6 +100,12 @@ class Naming:
         gathered = distributed.all_gather(self._top)
         self._top = {tap: self._best([top[tap] for top in gathered]) for tap in self._top}
 
+    def top_images(
+        self, tap: str
+    ) -> tuple[Float[Tensor, "filter place"], Int[Tensor, "filter place"]]:
+        """Return the largest means of a tap's filters and the indices of their images."""
+        return self._top[tap]
+
     def names(self, group: Group) -> list[FilterName | None]:
         """Return the name of each channel; of several filters, that of the largest similarity.
 
@@ -109,7 +115,7 @@ class Naming:
         words = self._image_words.words
         largest = torch.full((len(group), len(words)), -math.inf)
         for tap_name, tap in taps_of(group).items():
-            means, indices = self._top[tap_name]
+            means, indices = self.top_images(tap_name)
             is_varied = means[:, 0] > means[:, -1]
             similarities = soft_wpmi(self._image_words.similarities, indices[is_varied])
             if len(similarities) > 1:
