@@ -22,7 +22,7 @@ PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 OURS = "secateur"
 NOT_IN_TESTS = ("lint", "zoo")
 """Extras that are not installed for the tests: what checks the source, networks of the bench."""
-LIBRARIES = ("smp", "transformers", "ultralytics", "yolox", "libraries")
+LIBRARIES = ("naming", "smp", "transformers", "ultralytics", "yolox", "libraries")
 """Extras that the tests with the oldest releases go without."""
 
 

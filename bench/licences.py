@@ -52,6 +52,7 @@ PURPOSES = {
     "pixeltable-yolox": "YOLOX networks",
     "segmentation-models-pytorch": "its networks",
     "transformers": "its networks",
+    "open-clip-torch": "image–text models, which name filters",
     "monai": "its networks; tests",
     "lightning": "tests: its trainer",
     "braindecode": "networks of a bench",
