@@ -3,10 +3,10 @@
     python bench/naming.py --data DIR --weights DIR
 
 The image–text model is one that can't be wrong: it knows which part of each image shows which
-concept, from the masks (CamVid, CCP) or the pixels (eleven colours), and says of an image the root
-of that part. So what differs is that a name is chosen by whole images, a detector's concept by
-pixels. Each case makes a row of `results/naming.json`; `--tables` only writes the table in
-docs/explanation/naming.md.
+concept, from the masks (CamVid, CCP), the pixels (eleven colours) or the network (`evidence`: where
+it sees which class), and says of an image the root of that part. So what differs is that a name is
+chosen by whole images, a detector's concept by pixels. Each case makes a row of
+`results/naming.json`; `--tables` only writes the table in docs/explanation/naming.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from rows import ROOT, Row, put_row, read_rows, revision, surroundings
 from secateur.config import RunConfig
 from secateur.data import DataSet, FileImages
 from secateur.data.concept_masks import UNLABELLED
-from secateur.graph.taps import all_taps
+from secateur.graph.taps import Kernels, all_taps
 from secateur.pipeline.inputs import load_inputs, resolve_config
-from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
-from secateur.scoring.concepts import ConceptInput
+from secateur.pipeline.scoring_context import make_scoring_context
+from secateur.scoring.criteria import DeferredUpdate, FeatureBatch, Need, Regions
 from secateur.scoring.dissection import DETECTOR_IOU, Dissection
 from secateur.scoring.feature_pass import run_feature_pass
 from secateur.scoring.naming import FIRST, LAST, TEMPERATURE, ImageWords, Naming, soft_wpmi
@@ -38,7 +39,10 @@ from tables import with_table
 
 RESULTS = ROOT / "results" / "naming.json"
 PAGE = ROOT / "docs" / "explanation" / "naming.md"
-CASES = (("resnet20", "colours"), ("squeezenet1_1", "camvid"), ("squeezenet1_1", "ccp"))
+CASES = (
+    *(("resnet20", "evidence"), ("resnet20", "colours")),
+    *(("squeezenet1_1", "camvid"), ("squeezenet1_1", "ccp")),
+)
 CLOSE = 1e-4
 """Nats between the best two words that count as a tie: float32 rounds sums over images so."""
 
@@ -63,20 +67,35 @@ def configuration(network: str, words: str, arguments: argparse.Namespace) -> Ru
     return RunConfig.model_validate(sections)
 
 
-def known_image_words(context: ScoringContext) -> ImageWords:
-    """Return the root of the part of each image that each concept covers."""
-    words = tuple(concept.name for concept in context.source.concepts)
-    areas = torch.zeros(len(context.calibration.labels), len(words))
-    for batch in context.reader.read(context.calibration):
-        masks = context.source.find(
-            ConceptInput(batch.images, batch.indices, None, batch.annotations, None, torch.zeros(0))
-        )
-        for index, regions, numbers in zip(
-            batch.indices.tolist(), masks.masks, masks.concepts, strict=True
-        ):
-            shown = numbers != UNLABELLED
-            areas[index].index_add_(0, numbers[shown], regions[shown].float().mean(dim=(1, 2)))
-    return ImageWords(words, areas.clamp(0, 1).sqrt())
+class Areas:
+    """Part of each image that each concept covers; an `Observer`."""
+
+    needs: frozenset[Need] = frozenset({"maps", "concepts"})
+
+    def __init__(self, images: int, concepts: int) -> None:
+        self.parts = torch.zeros(images, concepts)
+
+    def reset(self, taps: Mapping[str, Kernels]) -> None:
+        """Nothing to prepare."""
+
+    def update(self, features: FeatureBatch) -> DeferredUpdate:
+        """The masks of a batch are the same at every tap."""
+
+        def add(regions: Regions) -> None:
+            masks = regions.masks_at(regions.size)
+            for index, image_masks, numbers in zip(
+                features.indices.tolist(), masks, regions.concepts, strict=True
+            ):
+                is_shown = numbers != UNLABELLED
+                covered = image_masks[is_shown].float().mean(dim=(1, 2))
+                parts = torch.zeros_like(self.parts[index])
+                self.parts[index] = parts.index_add_(0, numbers[is_shown], covered)
+
+        return add
+
+    def state(self) -> Iterable[Tensor]:
+        """None: this runs in one process."""
+        return ()
 
 
 def sum_soft_wpmi(
@@ -90,9 +109,9 @@ def sum_soft_wpmi(
     return logarithms - (logarithms.logsumexp(0) - math.log(len(logarithms)))
 
 
-def measure(network: str, words: str, arguments: argparse.Namespace) -> Row:
+def measure(network: str, concepts: str, arguments: argparse.Namespace) -> Row:
     """Name the filters of a network, and count the detectors whose name is their concept."""
-    config = configuration(network, words, arguments)
+    config = configuration(network, concepts, arguments)
     if network in NETWORKS:
         nothing = FileImages((), torch.zeros(0, dtype=torch.int64))
         dataset = DataSet("none", (), nothing, nothing, nothing)
@@ -100,22 +119,25 @@ def measure(network: str, words: str, arguments: argparse.Namespace) -> Row:
     else:
         dataset, model = load_inputs(config)
     context = make_scoring_context(model, dataset, resolve_config(config, dataset, model))
-    image_words = known_image_words(context)
-    dissection, names = Dissection(image_words.words), Naming(image_words)
+    words = tuple(concept.name for concept in context.source.concepts)
+    areas = Areas(len(context.calibration.labels), len(words))
+    image_words = ImageWords(words, areas.parts)
+    dissection, names = Dissection(words), Naming(image_words)
     run_feature_pass(
         model,
         context.dependencies,
         lambda: context.reader.read(context.calibration),
-        (dissection, names),
+        (areas, dissection, names),
         context.source,
         config.score,
     )
+    areas.parts.clamp_(0, 1).sqrt_()
     start = time.process_time()
     for group in context.dependencies.groups.values():
         names.names(group)
     seconds = time.process_time() - start
     counts: Counter[str] = Counter()
-    concepts: Counter[int] = Counter()
+    best_concepts: Counter[int] = Counter()
     for tap in all_taps(context.dependencies):
         iou, concept = dissection.iou(tap).max(dim=1)
         means, top = names.top_images(tap)
@@ -123,7 +145,7 @@ def measure(network: str, words: str, arguments: argparse.Namespace) -> Row:
         is_detector = (iou > DETECTOR_IOU)[is_live]
         counts["filters"] += len(iou)
         counts["detectors"] += int(is_detector.sum())
-        concepts.update(concept[is_live][is_detector].tolist())
+        best_concepts.update(concept[is_live][is_detector].tolist())
         for way, function in (("mean", soft_wpmi), ("sum", sum_soft_wpmi)):
             similarities = function(image_words.similarities, top[is_live])
             best = similarities.topk(2, dim=1)
@@ -132,12 +154,12 @@ def measure(network: str, words: str, arguments: argparse.Namespace) -> Row:
             counts[f"{way}_ties"] += int((best.values[:, 0] - best.values[:, 1] < CLOSE).sum())
     return {
         "network": network,
-        "concepts": words,
-        "words": len(image_words.words),
+        "concepts": concepts,
+        "words": len(words),
         "images": len(context.calibration.labels),
         "top_images": image_words.top_count,
         **counts,
-        "commonest": max(concepts.values()),
+        "commonest": max(best_concepts.values()),
         "seconds": round(seconds, 2),
         "seed": config.seed,
         "command": "python bench/naming.py --data DIR --weights DIR",

@@ -15,11 +15,13 @@ import benchmarks
 import criteria
 import dissection
 import finetuned
+import naming
 import report
 import results
 import studies
 import tables
 from layouts import write_classes
+from rows import read_rows
 from secateur.experiments.compare.job_files import JOBS
 from secateur.experiments.compare.spec import BenchmarkSpec, jobs_of
 from secateur.pipeline.inputs import load_inputs
@@ -98,6 +100,11 @@ def test_the_criteria_page_shows_what_was_measured(study: str) -> None:
 def test_the_report_page_shows_what_was_measured() -> None:
     text = report.PAGE.read_text()
     assert tables.with_table(text, "results/report.json", report.table()) == text
+
+
+def test_the_page_of_names_shows_what_was_measured() -> None:
+    text, rows = naming.PAGE.read_text(), read_rows(naming.RESULTS)
+    assert tables.with_table(text, "results/naming.json", naming.table(rows)) == text
 
 
 def test_the_dissection_page_shows_what_was_measured() -> None:

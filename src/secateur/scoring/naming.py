@@ -8,7 +8,8 @@ Two departures. The paper takes the best 100 of 10,000 or more images; here they
 calibration images, between 5 and 100. And log-likelihoods are means over those images, not sums:
 with a short vocabulary sums over 100 images are so far apart that a word's mean over the filters is
 that of the best filter alone, and all words that fit one filter best tie. Where the likelihoods are
-close, as with the paper's 20,000 words, both rank words alike.
+close, as with the paper's 20,000 words, both rank words alike (docs/explanation/naming.md compares
+the two).
 """
 
 from __future__ import annotations
