@@ -338,7 +338,7 @@ from test_naming import ColourFilters
 
 
 @pytest.fixture
-def inspected(pixels: Tensor, tmp_path: Path) -> list[object]:
+def network_and_images(pixels: Tensor, tmp_path: Path) -> list[object]:
     """Arguments that name the network with colour filters and 240 images."""
     (tmp_path / "network.py").write_text(NETWORK.format(tests=str(Path(__file__).parent)))
     (tmp_path / "images").mkdir()
@@ -347,28 +347,35 @@ def inspected(pixels: Tensor, tmp_path: Path) -> list[object]:
         picture.save(tmp_path / "images" / f"{number:03}.png")
     (tmp_path / "words.txt").write_text("\n".join(list(COLOURS)))
     network = ["-m", f"{tmp_path}/network.py:ColourFilters", "--allow-untrained"]
-    data = ["-d", f"images:{tmp_path / 'images'}", "--image-size", "8", "--concepts", "colours"]
+    data = ["-d", f"images:{tmp_path / 'images'}", "--image-size", "8"]
     return [*network, *data, "--calibration-images", "240", "--criterion", "l1"]
 
 
-def test_inspect_names_filters_with_a_clip_on_disk(
-    inspected: list[object],
-    colour_clip: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def inspect(*arguments: object) -> tuple[int, str, str]:
-        naming = ["--naming-model", colour_clip, "--vocabulary", tmp_path / "words.txt"]
-        command = ["secateur", "inspect", *inspected, *naming, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command line in this process; returns its exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        code = 0
         try:
             app.main()
         except SystemExit as stop:
-            return int(stop.code or 0), *capsys.readouterr()
-        return 0, *capsys.readouterr()
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
 
-    code, out, err = inspect("--json", "--pictures", tmp_path / "pictures")
+    return run
+
+
+def test_inspect_names_filters_with_a_clip_on_disk(
+    network_and_images: list[object], colour_clip: Path, tmp_path: Path, command: Command
+) -> None:
+    naming = ["--naming-model", colour_clip, "--vocabulary", tmp_path / "words.txt"]
+    common = ["inspect", *network_and_images, "--concepts", "colours", *naming]
+    code, out, err = command(*common, "--json", "--pictures", tmp_path / "pictures")
     assert code == 0, err
     (group,) = json.loads(out)["groups"]
     names = group["names"]
@@ -380,11 +387,33 @@ def test_inspect_names_filters_with_a_clip_on_disk(
     assert {int(number): word for number, word, _ in rows} == {
         number: "–" if one is None else one["word"] for number, one in enumerate(names)
     }
-    code, out, err = inspect("--layer", "conv")
+    code, out, err = command(*common, "--layer", "conv")
     assert code == 0, err
     assert out.splitlines()[0].split()[-2:] == ["name", "similarity"]
     assert out.splitlines()[1].split()[-2:] == ["red", f"{names[0]['similarity']:.3f}"]
     (tmp_path / "words.txt").write_text("red\n")
-    code, out, err = inspect()
+    code, out, err = command(*common)
     assert (code, out) == (1, "")
     assert "holds 1 words: at least two" in err
+    code, out, err = command("inspect", *network_and_images, "--vocabulary", "words.txt")
+    assert (code, out) == (2, "")
+    assert "a vocabulary needs a naming_model" in err
+
+
+def test_the_report_of_a_run_names_filters(
+    network_and_images: list[object], colour_clip: Path, tmp_path: Path, command: Command
+) -> None:
+    run = tmp_path / "run"
+    budget = ["-t", "filters=0.8", "--round-to", "1", "--no-finetune", "--set", "report.images=0"]
+    code, _, err = command("prune", *network_and_images, *budget, "-o", run)
+    assert code == 0, err
+    naming = ["--naming-model", colour_clip, "--vocabulary", tmp_path / "words.txt"]
+    code, _, err = command("report", run, *network_and_images[:2], "--images", 240, *naming)
+    assert code == 0, err
+    page = (run / "report.html").read_text()
+    content = re.search(r'<script[^>]* id="data"[^>]*>(.*?)</script>', page, re.DOTALL)
+    assert content is not None
+    (layer,) = json.loads(content[1])["layers"]
+    assert [one and one[0] for one in layer["names"][:3]] == ["red", "green", "blue"]
+    assert layer["names"][4] is None
+    assert "A filter's name is the word" in page
