@@ -146,12 +146,12 @@ def measure(network: str, concepts: str, arguments: argparse.Namespace) -> Row:
         counts["filters"] += len(iou)
         counts["detectors"] += int(is_detector.sum())
         best_concepts.update(concept[is_live][is_detector].tolist())
-        for way, function in (("mean", soft_wpmi), ("sum", sum_soft_wpmi)):
+        for kind, function in (("mean", soft_wpmi), ("sum", sum_soft_wpmi)):
             similarities = function(image_words.similarities, top[is_live])
             best = similarities.topk(2, dim=1)
             is_same = best.indices[:, 0] == concept[is_live]
-            counts[f"{way}_same"] += int(is_same[is_detector].sum())
-            counts[f"{way}_ties"] += int((best.values[:, 0] - best.values[:, 1] < CLOSE).sum())
+            counts[f"{kind}_same"] += int(is_same[is_detector].sum())
+            counts[f"{kind}_ties"] += int((best.values[:, 0] - best.values[:, 1] < CLOSE).sum())
     return {
         "network": network,
         "concepts": concepts,

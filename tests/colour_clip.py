@@ -39,7 +39,8 @@ def make_tokenizer(words: Sequence[str]) -> Any:
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[("<start>", 0), ("<end>", 1)]
     )
-    return transformers.PreTrainedTokenizerFast(
+    kind: Any = transformers.PreTrainedTokenizerFast
+    return kind(
         tokenizer_object=tokenizer,
         model_max_length=LENGTH,
         **dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), SPECIAL, strict=True)),

@@ -56,7 +56,8 @@ class ColourFilters(nn.Module):
             self.conv.bias[4] = -100.0  # type: ignore[index]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.last(F.relu(self.conv(images))).mean(dim=(2, 3))
+        logits: Tensor = self.last(F.relu(self.conv(images))).mean(dim=(2, 3))
+        return logits
 
 
 class ColoursAndStripes:
@@ -97,7 +98,8 @@ def names_of(image_words: ImageWords, pixels: Tensor, batch_size: int) -> list[s
         network, dependencies, lambda: iter(parts), {}, None, ScoreSection(), observers=(naming,)
     )
     naming.merge()
-    return [one and one.word for one in naming.names(dependencies.groups["conv"])]
+    names = naming.names(dependencies.groups["conv"])
+    return [None if one is None else one.word for one in names]
 
 
 def as_images(pixels: Tensor) -> TensorImages:
