@@ -1,9 +1,9 @@
 """Export a network to the formats of other engines than onnxruntime, and check what they compute.
 
 Each format has its package: OpenVINO's intermediate representation, ExecuTorch's `.pte` (XNNPACK),
-Core ML's `.mlpackage`, and the package of `torch.compile`'s ahead-of-time compiler. OpenVINO reads
-an ONNX file, the others PyTorch's ExportedProgram. TorchScript is not among them: torch itself
-advises against it.
+Core ML's `.mlpackage`, LiteRT's `.tflite`, and the package of `torch.compile`'s ahead-of-time
+compiler. OpenVINO reads an ONNX file, the others PyTorch's ExportedProgram. TorchScript is not
+among them: torch itself advises against it.
 """
 
 from __future__ import annotations
@@ -174,6 +174,23 @@ def _write_coreml(model: nn.Module, example: Tensor, path: Path) -> None:
     converted.save(str(path))
 
 
+def _write_litert(model: nn.Module, example: Tensor, path: Path) -> None:
+    import litert_torch
+
+    # Makes a program of its own. Inputs and outputs keep PyTorch's axes: images are NCHW.
+    litert_torch.convert(flat_network(model), inputs_in(model, example)).export(str(path))
+
+
+def _run_litert(path: Path, inputs: Sequence[Tensor]) -> Outputs:
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(str(path)).get_signature_runner()
+    names = [f"args_{number}" for number in range(len(inputs))]
+    arrays = (tensor.numpy() for tensor in inputs)
+    outputs = runner(**dict(zip(names, arrays, strict=True)))
+    return [torch.from_numpy(outputs[f"output_{number}"]) for number in range(len(outputs))]
+
+
 def _write_aotinductor(model: nn.Module, example: Tensor, path: Path) -> None:
     program = export_program(flat_network(model), inputs_in(model, example))
     compile_ahead_of_time(program, path)
@@ -183,5 +200,6 @@ FORMATS: dict[FormatName, _Format] = {
     "openvino": _Format(".xml", "secateur[openvino]", _write_openvino, _run_openvino),
     "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _run_executorch, batch=1),
     "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
+    "litert": _Format(".tflite", "litert-torch>=0.10", _write_litert, _run_litert, batch=1),
     "aotinductor": _Format(".pt2", "torch>=2.6", _write_aotinductor, run_compiled),
 }
