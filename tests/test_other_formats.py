@@ -16,6 +16,7 @@ from secateur.experiments.other_formats import FORMATS, export_as
 from secateur.runtime.errors import ExportError, UsageError
 
 PACKAGES = {
+    "ort": "onnxruntime",
     "openvino": "openvino",
     "executorch": "executorch",
     "coreml": "coremltools",

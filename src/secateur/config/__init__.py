@@ -56,7 +56,7 @@ RefitSampling = Literal["auto", "even", "importance"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 Action = Literal["channels", "rank", "depth"]
 EngineName = Literal["pytorch", "compile", "onnxruntime", "openvino"]
-FormatName = Literal["openvino", "executorch", "coreml", "litert", "aotinductor"]
+FormatName = Literal["ort", "openvino", "executorch", "coreml", "litert", "aotinductor"]
 """Formats to export to, besides ONNX."""
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
