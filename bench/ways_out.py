@@ -1,0 +1,192 @@
+"""Export whole and cut networks in every format: error, and the time that the cut leaves.
+
+    python bench/ways_out.py [--networks PATTERN] [--ways PATTERN] [--data DIR --weights DIR]
+
+The trained ResNet-20 (`--data`: CIFAR-10) is cut to 0.5 of its MACs, and the trained MobileNetV2
+(`--images`: the ImageNet samples) to 0.7, both as `secateur prune` plans it, without a refit;
+networks of torchvision have random weights, and are cut to 0.6 by a random ranking. The whole and
+the cut network are exported in each way whose package is installed, run and compared with PyTorch,
+and timed interleaved: one image, one thread. Each network and way adds a line to
+`results/ways_out.jsonl`, and the table is in docs/how_to/export.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actions import load_network
+from engine_times import planned, untrained
+from measurements import Measurement, append_measurement, key_of, read_measurements
+from rows import ROOT, reason_of, revision, surroundings
+from secateur.engines.onnxruntime import onnx_runner
+from secateur.experiments.onnx_export import ExportResult, export_onnx
+from secateur.experiments.other_formats import FORMATS, FormatResult, export_as
+from secateur.graph.build import build_dependency_graph
+from secateur.runtime.errors import ExportError
+from secateur.runtime.timing import Rounds, interleaved_medians
+from tables import with_table
+
+RESULTS = ROOT / "results" / "ways_out.jsonl"
+PAGE = ROOT / "docs" / "how_to" / "export.md"
+KEY = ("network", "way")
+TRAINED = {"resnet20": "macs=0.5", "mobilenetv2": "macs=0.7"}
+UNTRAINED = ("resnet18", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x1_0")
+PACKAGES = {
+    "onnx": ("onnx", "onnxruntime"),
+    "ort": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+    "executorch": ("executorch", "torchao"),
+    "coreml": ("coremltools",),
+    "litert": ("litert_torch", "ai_edge_litert"),
+    "aotinductor": (),
+}
+ROUNDS = Rounds(fewest=20, most=20, warm_up=3)
+SIDES = {"resnet20": 32}
+
+
+def main() -> None:
+    """Measure the missing rows and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", default="*", help="pattern of networks")
+    parser.add_argument("--ways", default="*", help="pattern of ways")
+    parser.add_argument("--data", help="the folder of CIFAR-10")
+    parser.add_argument("--images", help="the folder of the ImageNet samples")
+    parser.add_argument("--weights", type=Path, help="the folder of the weights")
+    parser.add_argument("--tables", action="store_true", help="write the table alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if not arguments.tables:
+        known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
+        networks = UNTRAINED if arguments.weights is None else (*TRAINED, *UNTRAINED)
+        ways = [
+            way
+            for way in fnmatch.filter(PACKAGES, arguments.ways)
+            if all(importlib.util.find_spec(package) for package in PACKAGES[way])
+        ]
+        for network in fnmatch.filter(networks, arguments.networks):
+            missing = [way for way in ways if (network, way) not in known]
+            if missing:
+                measure(network, missing, arguments)
+    rows = read_measurements(RESULTS, KEY)
+    PAGE.write_text(with_table(PAGE.read_text(), "results/ways_out.jsonl", table(rows)))
+
+
+def measure(network: str, ways: list[str], arguments: argparse.Namespace) -> None:
+    """Append a row for each way."""
+    whole, smaller = networks_of(network, arguments)
+    side = SIDES.get(network, 224)
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    macs = [build_dependency_graph(one, image).macs() for one in (whole, smaller)]
+    for way in ways:
+        row: Measurement = {
+            "network": network,
+            "way": way,
+            "is_trained": network in TRAINED,
+            "macs_left": macs[1] / macs[0],
+            **measured(way, {"whole": whole, "cut": smaller}, image),
+            "command": "python bench/ways_out.py --data DIR --images DIR --weights DIR",
+            "revision": revision(),
+            "environment": surroundings(*PACKAGES[way]),
+        }
+        append_measurement(RESULTS, row)
+        print(network, table([row]), sep="\n", flush=True)
+
+
+def networks_of(network: str, arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
+    """Return a network, whole and cut."""
+    if network not in TRAINED:
+        whole, smaller = untrained(network)
+        return whole, smaller["default"]
+    is_small = network in SIDES
+    folders = {"data": arguments.data if is_small else arguments.images}
+    study = {"study": "cifar10" if is_small else "imagenet", **folders}
+    config, dataset, model = load_network(
+        network, argparse.Namespace(**{**vars(arguments), **study})
+    )
+    return model.eval(), planned(model, dataset, config, TRAINED[network], None)
+
+
+def measured(way: str, networks: dict[str, nn.Module], image: Tensor) -> dict[str, Any]:
+    """Return bytes, error and milliseconds of networks in a format, and why, if it has none."""
+    results: dict[str, ExportResult | FormatResult] = {}
+    actions: dict[str, Callable[[], object]] = {}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in networks.items():
+            suffix = ".onnx" if way == "onnx" else FORMATS[way].suffix  # type: ignore[index]
+            path = Path(folder) / f"{name}{suffix}"
+            try:
+                results[name], run = written(way, model, image, path)
+            except ExportError as error:
+                return {"reason": reason_of(error)}
+            if run is not None:
+                actions[name] = run
+        seconds = time.perf_counter() - start
+        with torch.inference_mode():
+            milliseconds = interleaved_medians(actions, ROUNDS)
+    errors = [result.error for result in results.values() if result.error is not None]
+    return {
+        "bytes": {name: result.bytes for name, result in results.items()},
+        "error": max(errors, default=None),
+        "export_seconds": seconds / len(networks),
+        "milliseconds": milliseconds,
+    }
+
+
+def written(
+    way: str, model: nn.Module, image: Tensor, path: Path
+) -> tuple[ExportResult | FormatResult, Callable[[], object] | None]:
+    """Write a network in a way, and return what runs the file on the image, if anything can."""
+    if way == "onnx":
+        return export_onnx(model, image, path), partial(onnx_runner(path), image)
+    result = export_as(way, model, image, path)  # type: ignore[arg-type]
+    load = FORMATS[result.format].load
+    return result, None if load is None else partial(load(path), (image,))
+
+
+def table(rows: list[Measurement]) -> str:
+    """Return error and time by network and way."""
+    networks = dict.fromkeys(row["network"] for row in rows)
+    titles = {
+        row["network"]: f"{row['network']}{', trained' * row['is_trained']}, "
+        f"{row['macs_left']:.2f} of the MACs"
+        for row in rows
+    }
+    lines = [
+        "| network | " + " | ".join(f"`{way}`" for way in PACKAGES) + " |",
+        "|---|" + "---|" * len(PACKAGES),
+    ]
+    by_key = {(row["network"], row["way"]): row for row in rows}
+    for network in networks:
+        texts = [text_of(by_key.get((network, way))) for way in PACKAGES]
+        lines.append(f"| {titles[network]} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def text_of(row: Measurement | None) -> str:
+    """Return a cell: time left, and the error."""
+    if row is None:
+        return "–"
+    if "reason" in row:
+        return "fails"
+    if row["error"] is None:
+        return "written"
+    times = row["milliseconds"]
+    return f"{times['cut'] / times['whole']:.2f}, {row['error']:.0e}"
+
+
+if __name__ == "__main__":
+    main()
