@@ -1,16 +1,59 @@
-"""ExecuTorch on the CPU, by its XNNPACK kernels. Needs the extra `executorch`."""
+"""ExecuTorch on the CPU, by its XNNPACK kernels, as an engine. Needs the package executorch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
 
+from secateur.config import EngineName
+from secateur.engines.engine import Action
 from secateur.engines.flat_network import flat_network, inputs_in
+from secateur.engines.onnx_file import cause, quiet
+from secateur.graph.layer_calls import Key, LayerCall
+from secateur.graph.module_state import evaluating
+from secateur.runtime.errors import ExportError, UsageError
 
 Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Returns the outputs for inputs in the network's order."""
+
+
+class ExecuTorch:
+    """Runs what ExecuTorch makes of a network for batches of one size.
+
+    Its layers are timed as in PyTorch: to make a program of a single layer takes about a second,
+    and a table of times has hundreds of layers and widths.
+    """
+
+    name: EngineName = "executorch"
+    grid: int = 1
+
+    def __init__(self) -> None:
+        try:
+            with quiet():
+                import executorch.exir  # noqa: F401
+        except ImportError as error:
+            raise UsageError(
+                "ExecuTorch needs its package: pip install 'executorch>=1.5' "
+                f"(no module {error.name})"
+            ) from error
+        self.version: str = metadata.version("executorch")
+
+    def prepare(self, model: nn.Module, batch: Tensor) -> Action:
+        """Return what runs a network on a batch; see `Engine`."""
+        try:
+            with quiet(), evaluating(model), torch.no_grad():
+                run = load_program(make_program(model, batch))
+        except Exception as error:  # ExecuTorch raises many unrelated types
+            raise ExportError(f"ExecuTorch can't run the network: {cause(error)}") from error
+        inputs = inputs_in(model, batch)
+        return lambda: run(inputs)
+
+    def layer_seconds(self, calls: Mapping[Key, LayerCall]) -> dict[Key, float]:
+        """Return nothing: layers are timed in PyTorch."""
+        return {}
 
 
 def make_program(model: nn.Module, batch: Tensor) -> bytes:

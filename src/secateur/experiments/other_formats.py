@@ -215,9 +215,7 @@ def _input_names(model: nn.Module, example: Tensor) -> list[str]:
 FORMATS: dict[FormatName, _Format] = {
     "ort": _Format(".ort", "secateur[export]", _write_ort, _load_ort),
     "openvino": _Format(".xml", "secateur[openvino]", _write_openvino, _load_openvino),
-    "executorch": _Format(
-        ".pte", "secateur[executorch]", _write_executorch, _load_executorch, batch=1
-    ),
+    "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _load_executorch, batch=1),
     "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
     "litert": _Format(".tflite", "litert-torch>=0.10", _write_litert, _load_litert, batch=1),
     "aotinductor": _Format(".pt2", "torch>=2.6", _write_aotinductor, load_compiled),
