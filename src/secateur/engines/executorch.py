@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 
 import torch
 from torch import Tensor, nn
 
 from secateur.config import EngineName
-from secateur.engines.engine import Action
+from secateur.engines.engine import Action, Program
 from secateur.engines.flat_network import flat_network, inputs_in
 from secateur.engines.onnx_file import cause, quiet
 from secateur.graph.layer_calls import Key, LayerCall
 from secateur.graph.module_state import evaluating
 from secateur.runtime.errors import ExportError, UsageError
-
-Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Returns the outputs for inputs in the network's order."""
 
 
 class ExecuTorch:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.config import EngineName
-from secateur.engines.engine import Action
+from secateur.engines.engine import Action, Program
 from secateur.engines.file_engine import LAYER_RUNS, Array, FileEngine, arrays_of
 from secateur.engines.onnx_file import cause
 from secateur.runtime.errors import ExportError, UsageError
@@ -54,6 +54,17 @@ class OpenVino(FileEngine):
                 )
             )
         return min(runs[1:])
+
+
+def load_openvino(path: Path) -> Program:
+    """Return what runs a file; raises as `openvino_request` does."""
+    request = openvino_request(path)
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        results = request.infer(arrays_of(inputs))
+        return [torch.from_numpy(results[output]) for output in request.model_outputs]
+
+    return run
 
 
 def openvino_request(source: Path | bytes, *, is_profiled: bool = False) -> Any:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from secateur.config import FormatName
-from secateur.engines.executorch import Program, load_program, make_program
+from secateur.engines.engine import Program
+from secateur.engines.executorch import load_program, make_program
 from secateur.engines.flat_network import flat_network, inputs_in, outputs_error, run_flat
 from secateur.engines.onnx_file import Images, cause, check_packages, quiet, write_onnx
-from secateur.engines.onnxruntime import onnx_runner
-from secateur.engines.openvino import openvino_request
+from secateur.engines.onnxruntime import load_onnx
+from secateur.engines.openvino import load_openvino
 from secateur.experiments.onnx_export import TOLERANCE
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.trace import export_program
@@ -135,12 +136,8 @@ def _write_ort(model: nn.Module, example: Tensor, path: Path) -> None:
     file.unlink()
 
 
-def _load_ort(path: Path) -> Program:
-    run = onnx_runner(path)
-    return lambda inputs: [torch.from_numpy(array) for array in run(*inputs)]
-
-
-def _write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
+def write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Write OpenVINO's `.xml` and `.bin` of a network, by way of ONNX."""
     import openvino
 
     # By way of ONNX, since `openvino.convert_model` reports to its makers what it converts.
@@ -149,16 +146,6 @@ def _write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
     write_onnx(model, example, file, _input_names(model, example))
     openvino.save_model(openvino.Core().read_model(file), path, compress_to_fp16=False)
     file.unlink()
-
-
-def _load_openvino(path: Path) -> Program:
-    request = openvino_request(path)
-
-    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        results = request.infer([tensor.numpy() for tensor in inputs])
-        return [torch.from_numpy(results[output]) for output in request.model_outputs]
-
-    return run
 
 
 def _write_executorch(model: nn.Module, example: Tensor, path: Path) -> None:
@@ -213,8 +200,8 @@ def _input_names(model: nn.Module, example: Tensor) -> list[str]:
 
 
 FORMATS: dict[FormatName, _Format] = {
-    "ort": _Format(".ort", "secateur[export]", _write_ort, _load_ort),
-    "openvino": _Format(".xml", "secateur[openvino]", _write_openvino, _load_openvino),
+    "ort": _Format(".ort", "secateur[export]", _write_ort, load_onnx),
+    "openvino": _Format(".xml", "secateur[openvino]", write_openvino, load_openvino),
     "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _load_executorch, batch=1),
     "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
     "litert": _Format(".tflite", "litert-torch>=0.10", _write_litert, _load_litert, batch=1),
