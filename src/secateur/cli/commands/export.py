@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -11,6 +11,13 @@ from secateur.cli import options
 from secateur.cli.options import ConfigOptions
 from secateur.config import FormatName, RunConfig
 from secateur.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from secateur.experiments.manifest import Manifest
+    from secateur.experiments.onnx_export import ExportResult
+    from secateur.experiments.other_formats import FormatResult
 
 KEYS = (options.SOURCE, options.SKIP_UNREADABLE)
 FORMAT_NAMES = get_args(FormatName)
@@ -59,36 +66,25 @@ def export(
     from secateur.cli import output
     from secateur.experiments.int8_export import QUANTISERS, export_int8, int8_path
     from secateur.experiments.manifest import CONFIG, read_manifest
-    from secateur.experiments.onnx_export import (
-        ExportResult,
-        check_free,
-        compare_latency,
-        export_onnx,
-    )
-    from secateur.experiments.other_formats import FORMATS, FormatResult, export_as
+    from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
+    from secateur.experiments.other_formats import FORMATS, export_as
     from secateur.experiments.run_folder import load_pruned, read_origin
     from secateur.experiments.user_code_keys import check_named
     from secateur.graph.forward import with_inputs
-    from secateur.models import user_code, zoo
 
-    is_onnx, suffix = file_format == "onnx", _suffix(file_format)
+    is_onnx, suffix = file_format == "onnx", _suffix(file_format, int8=int8, opset=opset)
     path = out or run / f"model{suffix}"
-    if opset is not None and not is_onnx:
-        raise UsageError("--opset is for --format onnx")
-    if int8 and file_format not in QUANTISERS:
-        raise UsageError(f"--int8 is for --format {' and '.join(QUANTISERS)}")
     if is_onnx:
         check_free(path, overwrite=overwrite)
-    network, manifest, origin = load_pruned(run), read_manifest(run), read_origin(run)
+    network, origin = load_pruned(run), read_origin(run)
     config = None
     if int8:
         check_free(int8_path(path), overwrite=overwrite)
         config = config_options.make(RunConfig, base=run / CONFIG)
         check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
-    name, classes = manifest.architecture, manifest.num_classes
-    original = None
-    if name is not None and not user_code.is_user_code(name) and manifest.forward is None:
-        original = with_inputs(zoo.load(name, num_classes=classes), origin.inputs)
+    original = _untrained_original(read_manifest(run))
+    if original is not None:
+        original = with_inputs(original, origin.inputs)
     example = torch.zeros(2, *origin.image_shape)
     packed = with_inputs(network, origin.inputs)
     result: ExportResult | FormatResult
@@ -109,8 +105,22 @@ def export(
     output.show_export(result, times, quantised, as_json=as_json)
 
 
-def _suffix(name: str) -> str:
-    """Return the suffix of a format's files; raises `UsageError` if there is no such format."""
+def _untrained_original(manifest: Manifest) -> nn.Module | None:
+    """Return the network before the cut, with arbitrary weights; None if it is code of the user."""
+    from secateur.models import user_code, zoo
+
+    name = manifest.architecture
+    if name is None or user_code.is_user_code(name) or manifest.forward is not None:
+        return None
+    return zoo.load(name, num_classes=manifest.num_classes)
+
+
+def _suffix(name: str, *, int8: bool, opset: int | None) -> str:
+    """Return the suffix of a format's files.
+
+    Raises `UsageError` if there is no such format, or an option is not for it.
+    """
+    from secateur.experiments.int8_export import QUANTISERS
     from secateur.experiments.other_formats import FORMATS
 
     if name == "torchscript":
@@ -118,8 +128,10 @@ def _suffix(name: str) -> str:
             "torch advises against TorchScript, which is not developed any more: --format "
             "aotinductor writes a compiled file for C++, onnx one for every engine"
         )
-    if name == "onnx":
-        return ".onnx"
-    if name not in FORMATS:
+    if name != "onnx" and name not in FORMATS:
         raise UsageError(f"there is no format {name!r}: onnx, {', '.join(FORMATS)}")
-    return FORMATS[name].suffix
+    if opset is not None and name != "onnx":
+        raise UsageError("--opset is for --format onnx")
+    if int8 and name not in QUANTISERS:
+        raise UsageError(f"--int8 is for --format {' and '.join(QUANTISERS)}")
+    return FORMATS[name].suffix if name in FORMATS else ".onnx"
