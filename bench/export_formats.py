@@ -1,14 +1,14 @@
 """Export whole and cut networks in every format: error, and the time that the cut leaves.
 
-    python bench/ways_out.py [--networks PATTERN] [--ways PATTERN] [--data DIR --weights DIR]
+    python bench/export_formats.py [--data DIR --images DIR --weights DIR]
 
 The trained ResNet-20 (`--data`: CIFAR-10) is cut to 0.5 of its MACs, and the trained MobileNetV2
 (`--images`: the ImageNet samples) to 0.7, both as `secateur prune` plans it, without a refit;
 networks of torchvision have random weights, and are cut to 0.6 by a random ranking. The whole and
-the cut network are exported in each way whose package is installed, run and compared with PyTorch,
-and timed interleaved: one image, one thread, processor time, since other programs hardly change
-that. Each network and way adds a line to
-`results/ways_out.jsonl`, and the table is in docs/how_to/export.md.
+the cut network are exported in each format whose package is installed, compared with PyTorch, and
+timed interleaved: one image, one thread, processor time, since other programs hardly change that.
+Each network and format adds a line to `results/export_formats.jsonl`, and the table is in
+docs/how_to/export.md.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from secateur.graph.build import build_dependency_graph
 from secateur.runtime.errors import ExportError
 from tables import with_table
 
-RESULTS = ROOT / "results" / "ways_out.jsonl"
+RESULTS = ROOT / "results" / "export_formats.jsonl"
 PAGE = ROOT / "docs" / "how_to" / "export.md"
-KEY = ("network", "way")
+KEY = ("network", "file_format")
 TRAINED = {"resnet20": "macs=0.5", "mobilenetv2": "macs=0.7"}
 UNTRAINED = ("resnet18", "mobilenet_v3_large", "efficientnet_b0", "shufflenet_v2_x1_0")
 PACKAGES = {
@@ -63,7 +63,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--networks", default="*", help="pattern of networks")
-    parser.add_argument("--ways", default="*", help="pattern of ways")
+    parser.add_argument("--formats", default="*", help="pattern of formats")
     parser.add_argument("--data", help="the folder of CIFAR-10")
     parser.add_argument("--images", help="the folder of the ImageNet samples")
     parser.add_argument("--weights", type=Path, help="the folder of the weights")
@@ -73,35 +73,37 @@ def main() -> None:
     if not arguments.tables:
         known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
         networks = UNTRAINED if arguments.weights is None else (*TRAINED, *UNTRAINED)
-        ways = [
-            way
-            for way in fnmatch.filter(PACKAGES, arguments.ways)
-            if all(importlib.util.find_spec(package) for package in PACKAGES[way])
+        formats = [
+            file_format
+            for file_format in fnmatch.filter(PACKAGES, arguments.formats)
+            if all(importlib.util.find_spec(package) for package in PACKAGES[file_format])
         ]
         for network in fnmatch.filter(networks, arguments.networks):
-            missing = [way for way in ways if (network, way) not in known]
+            missing = [
+                file_format for file_format in formats if (network, file_format) not in known
+            ]
             if missing:
                 measure(network, missing, arguments)
     rows = read_measurements(RESULTS, KEY)
-    PAGE.write_text(with_table(PAGE.read_text(), "results/ways_out.jsonl", table(rows)))
+    PAGE.write_text(with_table(PAGE.read_text(), "results/export_formats.jsonl", table(rows)))
 
 
-def measure(network: str, ways: list[str], arguments: argparse.Namespace) -> None:
-    """Append a row for each way."""
+def measure(network: str, formats: list[str], arguments: argparse.Namespace) -> None:
+    """Append a row for each format."""
     whole, smaller = networks_of(network, arguments)
     side = SIDES.get(network, 224)
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     macs = [build_dependency_graph(one, image).macs() for one in (whole, smaller)]
-    for way in ways:
+    for file_format in formats:
         row: Measurement = {
             "network": network,
-            "way": way,
+            "file_format": file_format,
             "is_trained": network in TRAINED,
             "macs_left": macs[1] / macs[0],
-            **measured(way, {"whole": whole, "cut": smaller}, image),
-            "command": "python bench/ways_out.py --data DIR --images DIR --weights DIR",
+            **measured(file_format, {"whole": whole, "cut": smaller}, image),
+            "command": "python bench/export_formats.py --data DIR --images DIR --weights DIR",
             "revision": revision(),
-            "environment": surroundings(*PACKAGES[way]),
+            "environment": surroundings(*PACKAGES[file_format]),
         }
         append_measurement(RESULTS, row)
         print(network, table([row]), sep="\n", flush=True)
@@ -121,17 +123,17 @@ def networks_of(network: str, arguments: argparse.Namespace) -> tuple[nn.Module,
     return model.eval(), planned(model, dataset, config, TRAINED[network], None)
 
 
-def measured(way: str, networks: dict[str, nn.Module], image: Tensor) -> dict[str, Any]:
+def measured(file_format: str, networks: dict[str, nn.Module], image: Tensor) -> dict[str, Any]:
     """Return bytes, error and milliseconds of networks in a format, and why, if it has none."""
     results: dict[str, ExportResult | FormatResult] = {}
     actions: dict[str, Callable[[], object]] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for name, model in networks.items():
-            suffix = ".onnx" if way == "onnx" else FORMATS[way].suffix  # type: ignore[index]
+            suffix = ".onnx" if file_format == "onnx" else FORMATS[file_format].suffix  # type: ignore[index]
             path = Path(folder) / f"{name}{suffix}"
             try:
-                results[name], run = written(way, model, image, path)
+                results[name], run = written(file_format, model, image, path)
             except ExportError as error:
                 return {"reason": reason_of(error)}
             if run is not None:
@@ -162,31 +164,32 @@ def processor_ms(actions: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def written(
-    way: str, model: nn.Module, image: Tensor, path: Path
+    file_format: str, model: nn.Module, image: Tensor, path: Path
 ) -> tuple[ExportResult | FormatResult, Callable[[], object] | None]:
-    """Write a network in a way, and return what runs the file on the image, if anything can."""
-    if way == "onnx":
+    """Write a network, and return what runs the file on the image, if anything can."""
+    if file_format == "onnx":
         return export_onnx(model, image, path), partial(onnx_runner(path), image)
-    result = export_as(way, model, image, path)  # type: ignore[arg-type]
+    result = export_as(file_format, model, image, path)  # type: ignore[arg-type]
     load = FORMATS[result.format].load
     return result, None if load is None else partial(load(path), (image,))
 
 
 def table(rows: list[Measurement]) -> str:
-    """Return error and time by network and way."""
+    """Return error and time by network and format."""
     networks = dict.fromkeys(row["network"] for row in rows)
     titles = {
         row["network"]: f"{row['network']}{', trained' * row['is_trained']}, "
         f"{row['macs_left']:.2f} of the MACs"
         for row in rows
     }
+    titles_of_formats = " | ".join(f"`{name}`" for name in PACKAGES)
     lines = [
-        "| network | " + " | ".join(f"`{way}`" for way in PACKAGES) + " |",
+        f"| network | {titles_of_formats} |",
         "|---|" + "---|" * len(PACKAGES),
     ]
-    by_key = {(row["network"], row["way"]): row for row in rows}
+    by_key = {(row["network"], row["file_format"]): row for row in rows}
     for network in networks:
-        texts = [text_of(by_key.get((network, way))) for way in PACKAGES]
+        texts = [text_of(by_key.get((network, file_format))) for file_format in PACKAGES]
         lines.append(f"| {titles[network]} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
