@@ -152,20 +152,27 @@ def untrained(network: str) -> tuple[nn.Module, dict[str, nn.Module]]:
 def trained(network: str, arguments: argparse.Namespace) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Return a trained network, and networks that the default method cuts from it."""
     config, dataset, model = load_trained(network, arguments)
-    smaller = {}
-    for name, multiple in WIDTHS.items():
-        plan = config.plan.model_copy(update={"target": TARGET, "round_to": multiple})
-        run_config = config.model_copy(update={"plan": plan})
-        context = make_scoring_context(
-            model, dataset, run_config, criterion_names=(run_config.score.criterion,)
-        )
-        inputs = make_plan_inputs(
-            *(model, context.dependencies, context.plan_images, context.criteria, context.source),
-            *(run_config.score, run_config.plan),
-        )[run_config.score.criterion]
-        made = inputs.plan(plan.budget)
-        smaller[name] = cut(model, context.dependencies, made.removed).eval()
+    smaller = {
+        name: planned(model, dataset, config, TARGET, multiple) for name, multiple in WIDTHS.items()
+    }
     return model.eval(), smaller
+
+
+def planned(
+    model: nn.Module, dataset: DataSet, config: RunConfig, target: str, multiple: int | None
+) -> nn.Module:
+    """Return the network that the default method cuts from a trained one, without a refit."""
+    plan = config.plan.model_copy(update={"target": target, "round_to": multiple})
+    run_config = config.model_copy(update={"plan": plan})
+    context = make_scoring_context(
+        model, dataset, run_config, criterion_names=(run_config.score.criterion,)
+    )
+    inputs = make_plan_inputs(
+        *(model, context.dependencies, context.plan_images, context.criteria, context.source),
+        *(run_config.score, run_config.plan),
+    )[run_config.score.criterion]
+    made = inputs.plan(plan.budget)
+    return cut(model, context.dependencies, made.removed).eval()
 
 
 def load_trained(

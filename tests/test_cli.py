@@ -1207,7 +1207,8 @@ def test_export_to_int8_scores_both_files_and_times_them(
     assert "--overwrite" in outcome.err
     for options, words in (
         (["--opset", 99, "--overwrite"], "can't write opset 99"),
-        (["--format", "openvino", "--int8"], "--int8 and --opset are for --format onnx"),
+        (["--format", "aotinductor", "--int8"], "--int8 is for --format onnx and openvino"),
+        (["--format", "openvino", "--opset", "18"], "--opset is for --format onnx"),
         (["--format", "nothing"], "there is no format 'nothing'"),
         (["--format", "torchscript"], "torch advises against TorchScript"),
     ):

@@ -60,8 +60,8 @@ def test_a_file_of_one_layer_computes_values_of_the_layer_s_shape() -> None:
 
 
 def engines() -> list[EngineName]:
-    names: list[EngineName] = ["pytorch", "onnxruntime"]
-    return [*names, "openvino"] if importlib.util.find_spec("openvino") else names
+    optional: list[EngineName] = ["openvino", "executorch"]
+    return ["pytorch", "onnxruntime", *filter(importlib.util.find_spec, optional)]
 
 
 @pytest.mark.parametrize("name", engines())
@@ -73,7 +73,7 @@ def test_an_engine_runs_a_network_and_times_its_layers(name: EngineName) -> None
     assert batch == 16
     calls = calls_of(model, images)
     seconds: Mapping[Key, float] = engine.layer_seconds(calls)
-    assert set(seconds) == (set() if name == "pytorch" else set(calls))
+    assert set(seconds) == (set() if name in ("pytorch", "executorch") else set(calls))
     assert all(value > 0 for value in seconds.values())
 
 
@@ -88,7 +88,16 @@ def test_a_table_of_onnxruntime_s_times_holds_multiples_of_4() -> None:
     assert Stopwatch(model, images, engine).fraction_left(model) > 0
 
 
-def test_openvino_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
-    with pytest.raises(UsageError, match=r"pip install 'secateur\[openvino\]'"):
-        find_engine("openvino")
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        ("openvino", r"pip install 'secateur\[openvino\]'"),
+        ("executorch", "pip install 'executorch>=1.5'"),
+    ],
+)
+def test_an_engine_that_is_not_installed_is_said(
+    name: EngineName, install: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(UsageError, match=install):
+        find_engine(name)

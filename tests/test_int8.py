@@ -5,8 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from networks import Chain
+from secateur.engines.flat_network import outputs_error
+from secateur.engines.openvino import load_openvino
+from secateur.engines.quantised_openvino import quantise_openvino
 from secateur.experiments.int8_export import FormLatency, Int8Result
+from secateur.experiments.other_formats import write_openvino
 from secateur.models.score import Score
 from secateur.models.task import SINGLE_LABEL
 
@@ -14,7 +20,9 @@ SCORE = Score(0.9, None, 0.3, 100, 1, 1, 0.0)
 
 
 def result(latency: FormLatency) -> Int8Result:
-    return Int8Result(Path("int8.onnx"), 1, 64, SCORE, SCORE, SINGLE_LABEL, (latency,))
+    return Int8Result(
+        Path("int8.onnx"), 1, 64, SCORE, SCORE, SINGLE_LABEL, (latency,), "onnxruntime"
+    )
 
 
 @pytest.mark.parametrize(
@@ -33,3 +41,20 @@ def test_the_advice_compares_what_the_cut_saves(latency: FormLatency, words: str
     advice = result(latency).advice
     assert advice.startswith(words)
     assert bool(advice) == bool(words)
+
+
+def test_nncf_quantises_a_file_for_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="needs nncf")
+    torch.manual_seed(0)
+    network, images = Chain().eval(), torch.rand(8, 3, 8, 8)
+    files = [tmp_path / "model.xml", tmp_path / "model.int8.xml"]
+    write_openvino(network, images, files[0])
+    quantise_openvino(files[0], files[1], [(part,) for part in images.split(4)])
+    with torch.no_grad():
+        expected = network(images)
+    errors = [outputs_error(load_openvino(file)([images]), [expected]) for file in files]
+    assert errors[0] < 1e-5
+    assert 1e-4 < errors[1] < 0.1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"model{form}{suffix}" for form in ("", ".int8") for suffix in (".bin", ".xml")
+    )

@@ -15,7 +15,13 @@ from secateur.config import FormatName
 from secateur.experiments.other_formats import FORMATS, export_as
 from secateur.runtime.errors import ExportError, UsageError
 
-PACKAGES = {"openvino": "openvino", "executorch": "executorch", "coreml": "coremltools"}
+PACKAGES = {
+    "ort": "onnxruntime",
+    "openvino": "openvino",
+    "executorch": "executorch",
+    "coreml": "coremltools",
+    "litert": "litert_torch",
+}
 
 
 @pytest.fixture

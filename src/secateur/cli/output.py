@@ -184,7 +184,7 @@ def show_score(score: Score, task: Task, engine: EngineName) -> None:
 
 
 def show_export(
-    result: ExportResult,
+    result: ExportResult | FormatResult,
     times: tuple[Latency, ...],
     quantised: Int8Result | None = None,
     *,
@@ -198,13 +198,20 @@ def show_export(
             facts["int8"] = _int8_facts(quantised)
         print(json.dumps(facts, indent=1))
         return
-    batches = ", ".join(str(batch) for batch in result.batches)
-    out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
-    out().print(
-        f"{result.bytes / 1e6:.2f} MB, opset {result.opset}; relative error {result.error:.1e} in "
-        f"batches of {batches}",
-        highlight=False,
+    error = (
+        "not run here: its engine is on other machines"
+        if result.error is None
+        else f"relative error {result.error:.1e}"
     )
+    if isinstance(result, ExportResult):
+        batches = ", ".join(str(batch) for batch in result.batches)
+        text = f"opset {result.opset}; {error} in batches of {batches}"
+    elif result.batch is None:
+        text = f"any number of images; {error}"
+    else:
+        text = f"images at a time: {result.batch}; {error}"
+    out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
+    out().print(f"{result.bytes / 1e6:.2f} MB, {text}", highlight=False)
     if times:
         _show_latency(times)
     if quantised is not None:
@@ -226,21 +233,6 @@ def _show_latency(times: tuple[Latency, ...]) -> None:
             "" if original is None else f"{original / one.pruned_ms:.2f}",
         )
     out().print(table)
-
-
-def show_format(result: FormatResult, *, as_json: bool) -> None:
-    """Print which file was written, and how far its outputs are from the network's."""
-    if as_json:
-        print(json.dumps({**asdict(result), "path": str(result.path)}, indent=1))
-        return
-    error = (
-        "not run here: its engine is on other machines"
-        if result.error is None
-        else f"relative error {result.error:.1e}"
-    )
-    batch = "any number of images" if result.batch is None else f"images at a time: {result.batch}"
-    out().print(f"written: {result.path}", soft_wrap=True, highlight=False)
-    out().print(f"{result.bytes / 1e6:.2f} MB, {batch}; {error}", highlight=False)
 
 
 def _int8_facts(quantised: Int8Result) -> dict[str, Any]:
@@ -270,7 +262,7 @@ def show_int8(quantised: Int8Result) -> None:
     if not quantised.latency:
         return
     table = Table(box=None, pad_edge=False)
-    table.add_column("onnxruntime")
+    table.add_column(quantised.engine)
     for title in ("batch", "original ms", "pruned ms", "ratio"):
         table.add_column(title, justify="right")
     for one in quantised.latency:

@@ -55,8 +55,8 @@ RefitForm = Literal["patch", "channel"]
 RefitSampling = Literal["auto", "even", "importance"]
 AllocationRule = Literal["uniform", "sensitivity", "global", "shares"]
 Action = Literal["channels", "rank", "depth"]
-EngineName = Literal["pytorch", "compile", "onnxruntime", "openvino"]
-FormatName = Literal["openvino", "executorch", "coreml", "aotinductor"]
+EngineName = Literal["pytorch", "compile", "onnxruntime", "openvino", "executorch"]
+FormatName = Literal["ort", "openvino", "executorch", "coreml", "litert", "aotinductor"]
 """Formats to export to, besides ONNX."""
 VoteMode = Literal["share", "top", "plurality"]
 VotingUnit = Literal["cells", "regions"]
@@ -164,7 +164,7 @@ class PlanSection(Section):
     memory=F (peak activation memory) or latency=F (on this machine, predicted from layer times)."""
     engine: EngineName = "pytorch"
     """What runs the network where latency is measured, and what a target of latency plans for:
-    PyTorch, torch.compile, onnxruntime or OpenVINO."""
+    PyTorch, torch.compile, onnxruntime, OpenVINO or ExecuTorch."""
     actions: Annotated[tuple[Action, ...], BeforeValidator(_split_names)] = ("channels",)
     """What makes the network smaller, each part by what costs least: `channels` removes filters,
     `rank` replaces convolutions by two thinner ones each, `depth` drops residual branches."""

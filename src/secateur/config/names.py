@@ -34,6 +34,7 @@ ENGINE_TITLES = {
     "compile": "torch.compile",
     "onnxruntime": "onnxruntime",
     "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
 }
 """Names of the engines that latency is measured in, as people write them."""
 LIBRARY_NETWORKS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from secateur.config import EngineName
 from secateur.graph.layer_calls import Key, LayerCall
 
 Action = Callable[[], object]
+Program = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Returns the outputs of a file for inputs in the network's order."""
 
 
 class Engine(Protocol):

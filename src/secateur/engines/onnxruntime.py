@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.config import EngineName
-from secateur.engines.engine import Action
+from secateur.engines.engine import Action, Program
 from secateur.engines.file_engine import LAYER_RUNS, Array, FileEngine, arrays_of
 from secateur.engines.onnx_file import cause
 from secateur.runtime.errors import ExportError
@@ -67,6 +67,12 @@ def onnx_runner(path: Path) -> Callable[..., list[Any]]:
         return outputs
 
     return run
+
+
+def load_onnx(path: Path) -> Program:
+    """Return what `onnx_runner` does, from tensors to tensors."""
+    run = onnx_runner(path)
+    return lambda inputs: [torch.from_numpy(array) for array in run(*inputs)]
 
 
 def input_names(path: Path) -> list[str]:

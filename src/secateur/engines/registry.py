@@ -17,4 +17,8 @@ def find_engine(name: EngineName) -> Engine:
         from secateur.engines.openvino import OpenVino
 
         return OpenVino()
+    if name == "executorch":
+        from secateur.engines.executorch import ExecuTorch
+
+        return ExecuTorch()
     return Compiled() if name == "compile" else PyTorch()

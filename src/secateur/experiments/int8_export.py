@@ -1,29 +1,34 @@
 """Quantise an exported network to int8, and compare accuracy and latency with the float file.
 
-Both files run in onnxruntime. Needs the extra `export`.
+Both files run in onnxruntime, or in OpenVINO, which NNCF quantises for. Needs the extra `export`;
+for OpenVINO the extra `openvino` and the package nncf, too.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from secateur.config import RunConfig
+from secateur.config import EngineName, RunConfig
 from secateur.data import draw_calibration_images
 from secateur.data.kept_classes import KeptClasses
+from secateur.engines.engine import Program
+from secateur.engines.file_engine import arrays_of
 from secateur.engines.flat_network import inputs_in, run_flat
 from secateur.engines.onnx_file import write_onnx
-from secateur.engines.onnxruntime import input_names, onnx_runner
+from secateur.engines.onnxruntime import input_names, load_onnx
+from secateur.engines.openvino import load_openvino
 from secateur.engines.output_structure import Structure, put_together
-from secateur.engines.quantised_file import Inputs, quantise_file
+from secateur.engines.quantised_file import quantise_file
+from secateur.engines.quantised_openvino import quantise_openvino
 from secateur.experiments.evaluate import task_and_metric
 from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS
+from secateur.experiments.other_formats import write_openvino
 from secateur.graph.forward import inputs_of, with_inputs
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
@@ -43,7 +48,7 @@ TIMING_IMAGES = 8
 
 @dataclass(frozen=True)
 class FormLatency:
-    """Median times of a forward pass in onnxruntime, of the float and of the int8 file."""
+    """Median times of a forward pass of the float and of the int8 file."""
 
     batch: int
     float_ms: float
@@ -65,6 +70,8 @@ class Int8Result:
     """Latency, MACs and parameters in these don't count."""
     task: Task
     latency: tuple[FormLatency, ...]
+    engine: EngineName
+    """What runs both files."""
 
     @property
     def advice(self) -> str:
@@ -92,10 +99,43 @@ class Int8Result:
         )
 
 
+@dataclass(frozen=True)
+class Quantiser:
+    """How files of a format are written, quantised and run."""
+
+    engine: EngineName
+    suffixes: tuple[str, ...]
+    """Of the files that it consists of, first the one that is named."""
+    write: Callable[[nn.Module, Tensor, Path], object]
+    quantise: Callable[[Path, Path, Iterable[Sequence[Tensor]]], None]
+    """Writes the int8 form of a file; the batches of inputs give the ranges of activations."""
+    load: Callable[[Path], Program]
+
+
+def _quantise_onnx(source: Path, target: Path, batches: Iterable[Sequence[Tensor]]) -> None:
+    names = input_names(source)
+    inputs = (dict(zip(names, arrays_of(batch), strict=True)) for batch in batches)
+    quantise_file(source, target, inputs)
+
+
+QUANTISERS: dict[str, Quantiser] = {
+    "onnx": Quantiser("onnxruntime", (".onnx",), write_onnx, _quantise_onnx, load_onnx),
+    "openvino": Quantiser(
+        "openvino", (".xml", ".bin"), write_openvino, quantise_openvino, load_openvino
+    ),
+}
+"""By the name of the format."""
+
+
+def int8_path(file: Path) -> Path:
+    """Return where the int8 form of a file is written."""
+    return file.with_suffix(f".int8{file.suffix}")
+
+
 def export_int8(
+    quantiser: Quantiser,
     network: nn.Module,
     file: Path,
-    path: Path,
     config: RunConfig,
     run_context: RunContext,
     *,
@@ -103,7 +143,7 @@ def export_int8(
     kept: KeptClasses | None = None,
     is_timed: bool = True,
 ) -> Int8Result:
-    """Quantise the ONNX file of a run's network, score both on the test images and time both.
+    """Quantise the file of a run's network, score both on the test images and time both.
 
     `network` is the run's, whose inputs are those of the file; `config` is the run's configuration
     with the data where they are now. At most `CALIBRATION_IMAGES` of the training images set the
@@ -111,6 +151,7 @@ def export_int8(
     the values of its weights don't matter. `kept` are the classes of the network, if it was cut to
     some. Nothing is timed unless `is_timed`. Raises `SecateurError`.
     """
+    path = int8_path(file)
     dataset = load_data(config, network, kept)
     config = resolve_config(config, dataset, network)
     reader = make_reader(config, run_context)
@@ -125,11 +166,11 @@ def export_int8(
     )
     example = reader.read_first(dataset.test, 2)
     _, structure = run_flat(network, example)
-    quantise_file(file, path, _inputs(network, file, batches))
+    quantiser.quantise(file, path, (inputs_in(network, images) for images in batches))
 
     def score(name: Path, title: str) -> Score:
         return evaluate(
-            _FileNetwork(name, network, structure),
+            _FileNetwork(quantiser.load(name), network, structure),
             reader.read_shard(dataset.test, title),
             task=task,
             metric=metric,
@@ -138,57 +179,57 @@ def export_int8(
 
     return Int8Result(
         path,
-        path.stat().st_size,
+        sum(path.with_suffix(suffix).stat().st_size for suffix in quantiser.suffixes),
         len(calibration.labels),
         score(file, "scoring float"),
         score(path, "scoring int8"),
         task,
-        _latency(network, file, path, original, example) if is_timed else (),
+        _latency(quantiser, network, file, path, original, example) if is_timed else (),
+        quantiser.engine,
     )
 
 
 class _FileNetwork(nn.Module):
-    """An ONNX file as a network that takes and returns what the original module does."""
+    """A file as a network that takes and returns what the original module does."""
 
-    def __init__(self, path: Path, network: nn.Module, structure: Structure) -> None:
+    def __init__(self, run: Program, network: nn.Module, structure: Structure) -> None:
         super().__init__()
-        self._run = onnx_runner(path)
+        self._run = run
         self._inputs = inputs_of(network)
         self._structure = structure
 
     def forward(self, images: Tensor) -> object:
         """Return the file's outputs for a batch."""
         inputs = (images,) if self._inputs is None else self._inputs.unpack(images)
-        outputs = [torch.from_numpy(array) for array in self._run(*inputs)]
-        return put_together(self._structure, outputs)
-
-
-def _inputs(network: nn.Module, file: Path, batches: Iterator[Tensor]) -> Iterator[Inputs]:
-    names = input_names(file)
-    for images in batches:
-        arrays = (tensor.contiguous().numpy() for tensor in inputs_in(network, images))
-        yield dict(zip(names, arrays, strict=True))
+        return put_together(self._structure, self._run(inputs))
 
 
 def _latency(
-    network: nn.Module, file: Path, path: Path, original: nn.Module | None, example: Tensor
+    quantiser: Quantiser,
+    network: nn.Module,
+    file: Path,
+    path: Path,
+    original: nn.Module | None,
+    example: Tensor,
 ) -> tuple[FormLatency, ...]:
     """Return the times of the float and the int8 file, and of the original's, interleaved."""
     files = {"float": file, "int8": path}
     with tempfile.TemporaryDirectory() as folder:
         if original is not None:
             original = with_inputs(original, inputs_of(network))
-            whole, whole_int8 = Path(folder) / "original.onnx", Path(folder) / "int8.onnx"
-            write_onnx(original, example, whole)
+            whole, whole_int8 = (
+                Path(folder) / f"{name}{path.suffix}" for name in ("whole", "int8")
+            )
+            quantiser.write(original, example, whole)
             few = repeat_to_batch(example, TIMING_IMAGES)
-            quantise_file(whole, whole_int8, _inputs(original, whole, iter([few])))
+            quantiser.quantise(whole, whole_int8, [inputs_in(original, few)])
             files |= {"original float": whole, "original int8": whole_int8}
-        runners = {name: onnx_runner(file) for name, file in files.items()}
+        runners = {name: quantiser.load(file) for name, file in files.items()}
     latencies = []
     for batch in LATENCY_BATCHES:
         inputs = inputs_in(network, repeat_to_batch(example, batch))
         times = interleaved_medians(
-            {name: partial(run, *inputs) for name, run in runners.items()},
+            {name: partial(run, inputs) for name, run in runners.items()},
             LATENCY_ROUNDS,
         )
         latencies.append(

@@ -1,9 +1,9 @@
 """Export a network to the formats of other engines than onnxruntime, and check what they compute.
 
-Each format has its package: OpenVINO's intermediate representation, ExecuTorch's `.pte` (XNNPACK),
-Core ML's `.mlpackage`, and the package of `torch.compile`'s ahead-of-time compiler. OpenVINO reads
-an ONNX file, the others PyTorch's ExportedProgram. TorchScript is not among them: torch itself
-advises against it.
+Each format has its package: onnxruntime's `.ort` for builds without ONNX, OpenVINO's intermediate
+representation, ExecuTorch's `.pte` (XNNPACK), Core ML's `.mlpackage`, LiteRT's `.tflite`, and the
+package of `torch.compile`'s ahead-of-time compiler. The first two are made of an ONNX file, the
+others of PyTorch's ExportedProgram. TorchScript is not among them: torch itself advises against it.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from secateur.config import FormatName
+from secateur.engines.engine import Program
+from secateur.engines.executorch import load_program, make_program
 from secateur.engines.flat_network import flat_network, inputs_in, outputs_error, run_flat
 from secateur.engines.onnx_file import Images, cause, check_packages, quiet, write_onnx
+from secateur.engines.onnxruntime import load_onnx
+from secateur.engines.openvino import load_openvino
 from secateur.experiments.onnx_export import TOLERANCE
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.trace import export_program
 from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.timing import repeat_to_batch
-from secateur.runtime.torch_internals import compile_ahead_of_time, run_compiled
-
-Outputs = Sequence[Tensor]
+from secateur.runtime.torch_internals import compile_ahead_of_time, load_compiled
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class _Format:
     """The package that it needs."""
     write: Callable[[nn.Module, Tensor, Path], None]
     """Writes a network, for batches like the example."""
-    run: Callable[[Path, Sequence[Tensor]], Outputs] | None
-    """None where only other machines can."""
+    load: Callable[[Path], Program] | None
+    """Returns what runs a file, on as many threads as PyTorch has; None: not on this machine."""
     batch: int | None = None
 
 
@@ -91,12 +92,15 @@ def export_as(
             with quiet(), evaluating(model), torch.no_grad():
                 wanted.write(model, example, draft)
                 expected, _ = run_flat(model, noise)
-                outputs = None if wanted.run is None else wanted.run(draft, inputs_in(model, noise))
+                run = None if wanted.load is None else wanted.load(draft)
+                outputs = None if run is None else run(inputs_in(model, noise))
         except ImportError as missing:
             raise UsageError(
                 f"the format {name} needs its package: pip install '{wanted.extra}' "
                 f"(no module {missing.name})"
             ) from missing
+        except UsageError:
+            raise
         except Exception as failure:  # every package raises its own types
             raise ExportError(
                 f"the network can't be exported to {name}: {cause(failure)}"
@@ -117,56 +121,48 @@ def export_as(
     return FormatResult(path, name, size, error, wanted.batch)
 
 
-def _program(model: nn.Module, example: Tensor) -> ExportedProgram:
-    """Return the program of a network for exactly the example's batch."""
-    return torch.export.export(flat_network(model), inputs_in(model, example))
+def _write_ort(model: nn.Module, example: Tensor, path: Path) -> None:
+    import onnxruntime
+
+    check_packages()
+    file = path.with_suffix(".onnx")
+    write_onnx(model, example, file, _input_names(model, example))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path)
+    # The layout that this optimizer writes down is that of some x86 processors alone.
+    onnxruntime.InferenceSession(
+        file, options, ["CPUExecutionProvider"], disabled_optimizers=["NchwcTransformer"]
+    )
+    file.unlink()
 
 
-def _write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
+def write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Write OpenVINO's `.xml` and `.bin` of a network, by way of ONNX."""
     import openvino
 
     # By way of ONNX, since `openvino.convert_model` reports to its makers what it converts.
     check_packages()
     file = path.with_suffix(".onnx")
-    names = [f"input_{number}" for number in range(len(inputs_in(model, example)))]
-    write_onnx(model, example, file, names)
+    write_onnx(model, example, file, _input_names(model, example))
     openvino.save_model(openvino.Core().read_model(file), path, compress_to_fp16=False)
     file.unlink()
 
 
-def _run_openvino(path: Path, inputs: Sequence[Tensor]) -> Outputs:
-    import openvino
-
-    # Without the hint a processor with bfloat16 computes in it, and errs in the second digit.
-    hint = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(path, "CPU", hint)
-    results = compiled([tensor.numpy() for tensor in inputs])
-    return [torch.from_numpy(results[output]) for output in compiled.outputs]
-
-
 def _write_executorch(model: nn.Module, example: Tensor, path: Path) -> None:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
-    program = _program(model, example)
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    path.write_bytes(edge.to_executorch().buffer)
+    path.write_bytes(make_program(model, example))
 
 
-def _run_executorch(path: Path, inputs: Sequence[Tensor]) -> Outputs:
-    from executorch.runtime import Runtime
-
-    method = Runtime.get().load_program(path).load_method("forward")
-    outputs: Outputs = [tensor.clone() for tensor in method.execute(list(inputs))]
-    return outputs
+def _load_executorch(path: Path) -> Program:
+    return load_program(path.read_bytes())
 
 
 def _write_coreml(model: nn.Module, example: Tensor, path: Path) -> None:
     import coremltools
 
     # Core ML takes no ONNX files any more, and a program of basic operations only.
+    program = torch.export.export(flat_network(model), inputs_in(model, example))
     converted = coremltools.convert(
-        _program(model, example).run_decompositions({}),
+        program.run_decompositions({}),
         source="pytorch",
         minimum_deployment_target=coremltools.target.iOS17,
         compute_precision=coremltools.precision.FLOAT32,
@@ -174,14 +170,40 @@ def _write_coreml(model: nn.Module, example: Tensor, path: Path) -> None:
     converted.save(str(path))
 
 
+def _write_litert(model: nn.Module, example: Tensor, path: Path) -> None:
+    import litert_torch
+
+    # Makes a program of its own. Inputs and outputs keep PyTorch's axes: images are NCHW.
+    litert_torch.convert(flat_network(model), inputs_in(model, example)).export(str(path))
+
+
+def _load_litert(path: Path) -> Program:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=torch.get_num_threads())
+    runner = interpreter.get_signature_runner()
+
+    def run(inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        outputs = runner(**{f"args_{number}": one.numpy() for number, one in enumerate(inputs)})
+        return [torch.from_numpy(outputs[f"output_{number}"]) for number in range(len(outputs))]
+
+    return run
+
+
 def _write_aotinductor(model: nn.Module, example: Tensor, path: Path) -> None:
     program = export_program(flat_network(model), inputs_in(model, example))
     compile_ahead_of_time(program, path)
 
 
+def _input_names(model: nn.Module, example: Tensor) -> list[str]:
+    return [f"input_{number}" for number in range(len(inputs_in(model, example)))]
+
+
 FORMATS: dict[FormatName, _Format] = {
-    "openvino": _Format(".xml", "secateur[openvino]", _write_openvino, _run_openvino),
-    "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _run_executorch, batch=1),
+    "ort": _Format(".ort", "secateur[export]", _write_ort, load_onnx),
+    "openvino": _Format(".xml", "secateur[openvino]", write_openvino, load_openvino),
+    "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _load_executorch, batch=1),
     "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
-    "aotinductor": _Format(".pt2", "torch>=2.6", _write_aotinductor, run_compiled),
+    "litert": _Format(".tflite", "litert-torch>=0.10", _write_litert, _load_litert, batch=1),
+    "aotinductor": _Format(".pt2", "torch>=2.6", _write_aotinductor, load_compiled),
 }

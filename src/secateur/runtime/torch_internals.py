@@ -220,10 +220,15 @@ def compile_ahead_of_time(program: ExportedProgram, path: Path) -> None:
     torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
-def run_compiled(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs of a package that `compile_ahead_of_time` wrote."""
-    outputs: Any = torch._inductor.aoti_load_package(str(path))(*inputs)
-    return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+def load_compiled(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Return what runs a package that `compile_ahead_of_time` wrote."""
+    package = torch._inductor.aoti_load_package(str(path))
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        outputs: Any = package(*inputs)
+        return list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+
+    return run
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

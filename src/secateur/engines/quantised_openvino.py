@@ -1,0 +1,67 @@
+"""Quantise an OpenVINO file to int8 with NNCF. Needs the packages openvino and nncf."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from secateur.engines.file_engine import arrays_of
+from secateur.engines.onnx_file import cause, quiet
+from secateur.runtime.atomic_io import move_file
+from secateur.runtime.errors import ExportError, UsageError
+
+REPORTING = "openvino_telemetry"
+"""The package by which NNCF reports to its makers what it quantises; it does so without asking."""
+
+
+def quantise_openvino(source: Path, target: Path, batches: Iterable[Sequence[Tensor]]) -> None:
+    """Write the int8 form of a file: activations uint8, weights int8 by channel.
+
+    The `batches` of inputs are run to find the range of each activation. Both files consist of an
+    `.xml` and a `.bin`. NNCF reports nothing, unless it was imported before. Raises `ExportError`,
+    and `UsageError` without the packages.
+    """
+    try:
+        with quiet(), _without(REPORTING):
+            import nncf
+            import openvino
+    except ImportError as error:
+        raise UsageError(
+            f"int8 for OpenVINO needs NNCF: pip install 'nncf>=3.4' (no module {error.name})"
+        ) from error
+    images = [arrays_of(inputs) for inputs in batches]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        draft = Path(folder) / target.name
+        try:
+            with quiet():
+                quantised = nncf.quantize(
+                    openvino.Core().read_model(source),
+                    nncf.Dataset(images),
+                    preset=nncf.QuantizationPreset.MIXED,
+                    target_device=nncf.TargetDevice.CPU,
+                    subset_size=len(images),
+                )
+                openvino.save_model(quantised, draft, compress_to_fp16=False)
+        except Exception as error:  # NNCF raises many unrelated types
+            raise ExportError(f"the file can't be quantised: {cause(error)}") from error
+        for suffix in (".bin", ".xml"):
+            move_file(draft.with_suffix(suffix), target.with_suffix(suffix))
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let a package be missing for what is imported in the block."""
+    module = sys.modules.get(package)
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if module is None:
+            del sys.modules[package]
+        else:
+            sys.modules[package] = module
