@@ -39,7 +39,6 @@ from secateur.graph.cut import cut
 from secateur.graph.module_state import evaluating
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.plan import Allocation, make_plan
-from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
 from tables import with_table
 
@@ -159,10 +158,7 @@ def trained(network: str, arguments: argparse.Namespace) -> tuple[nn.Module, dic
         context = make_scoring_context(
             model, dataset, run_config, criterion_names=(run_config.score.criterion,)
         )
-        inputs = make_plan_inputs(
-            *(model, context.dependencies, context.plan_images, context.criteria, context.source),
-            *(run_config.score, run_config.plan),
-        )[run_config.score.criterion]
+        inputs = context.make_plan_inputs(model, run_config)[run_config.score.criterion]
         made = inputs.plan(plan.budget)
         smaller[name] = cut(model, context.dependencies, made.removed).eval()
     return model.eval(), smaller

@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import secateur
+from layouts import write_classes
 from runs import DigitsRun, small_config
 from secateur import data
 from secateur.cli import app
@@ -569,12 +570,23 @@ def test_export_writes_a_file_and_times_both_networks(
 
 
 def test_run_of_user_code_is_scored_and_exported_without_the_code(
-    call: Call, model_file: Path, tmp_path: Path
+    call: Call, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
     run = tmp_path / "run"
     runs.run(small_config(model_file), run)
+    named = ["--model", f"{model_file}:small"]
+    outcome = call("export", run, "--out", tmp_path / "timed.onnx", *named, "--json")
+    assert all(one["original_ms"] > 0 for one in json.loads(outcome.out)["latency"])
+    printed = json.loads(call("evaluate", run, *named, "--json").out)
+    assert 0 < printed["agreement_fraction"] <= 1
     model_file.unlink()
+    outcome = call("export", run, "--out", tmp_path / "pruned.onnx", "--json")
+    exported = json.loads(outcome.out)
+    assert all(one["original_ms"] is None for one in exported["latency"])
+    (note,) = exported["notes"]
+    assert note.startswith("The original network is not timed: its code is not run unless named")
     outcome = call("export", run, "--no-latency", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     exported = json.loads(outcome.out)
@@ -585,7 +597,8 @@ def test_run_of_user_code_is_scored_and_exported_without_the_code(
     recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
     printed = json.loads(call("evaluate", run, "--json").out)
     (note,) = printed.pop("notes")
-    assert note.startswith("Agreement with the original network is not known: its code, ")
+    assert note.startswith("Agreement with the original network is not known: its code is not run")
+    assert note.endswith(f"unless named, --model {model_file}:small.")
     beside_original = dict.fromkeys(("agreement_fraction", "lost", "gained"))
     assert {**printed, "latency_ms": 0} == {**recorded, **beside_original, "latency_ms": 0}
 
@@ -1191,7 +1204,8 @@ def test_export_to_int8_scores_both_files_and_times_them(
     pytest.importorskip("onnxruntime")
     for module in (export, int8_export):
         monkeypatch.setattr(module, "LATENCY_ROUNDS", Rounds(1, 1))
-    path = tmp_path / "small.onnx"
+    path, photos = tmp_path / "small.onnx", tmp_path / "photos"
+    write_classes(photos, ["ant", "bee"], 10)
     arguments = ["export", digits_run.folder, "--out", path, "--int8"]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
@@ -1210,6 +1224,8 @@ def test_export_to_int8_scores_both_files_and_times_them(
         (["--format", "openvino", "--int8"], "--int8 and --opset are for --format onnx"),
         (["--format", "nothing"], "there is no format 'nothing'"),
         (["--format", "torchscript"], "torch advises against TorchScript"),
+        (["--data", "digits", "--overwrite"], "--data is for --int8"),
+        (["--data", f"folder:{photos}", "--int8", "--overwrite"], "has other classes than the run"),
     ):
         outcome = call("export", digits_run.folder, "--out", path, *options)
         assert outcome.code in (1, 2)

@@ -78,6 +78,7 @@ PRUNE_RESIDUAL = Key("plan.prune_residual", BUDGET)
 EXCLUDE = Key("plan.exclude", BUDGET)
 SEED = Key("seed", OUTPUT)
 
+RUN_OR_ADDRESS = "A run folder, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."
 Config = Annotated[
     Path | None,
     typer.Option(

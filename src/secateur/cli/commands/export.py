@@ -12,13 +12,13 @@ from secateur.cli.options import ConfigOptions
 from secateur.config import FormatName, RunConfig
 from secateur.runtime.errors import UsageError
 
-KEYS = (options.SOURCE, options.SKIP_UNREADABLE)
+KEYS = (options.MODEL, options.FORWARD, options.SOURCE, options.SKIP_UNREADABLE)
 FORMAT_NAMES = get_args(FormatName)
 
 
 def export(
     config_options: ConfigOptions,
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help=options.RUN_OR_ADDRESS)],
     *,
     out: Annotated[
         Path | None,
@@ -50,20 +50,26 @@ def export(
 ) -> None:
     """Export the pruned network of a run folder to ONNX, compare the outputs and time both.
 
-    The original is timed with untrained weights, which take as long. Code of your own is not run:
-    a network of yours is timed only as pruned. Needs the extra: pip install 'secateur\\[export]'
+    The original is timed with untrained weights, which take as long. Code of your own is run only
+    if you name it with --model or --forward: without it a network of yours is timed as pruned
+    alone. Needs the extra: pip install 'secateur\\[export]'
     """
     import torch
 
     from secateur.cli import output
+    from secateur.experiments.engine_times import engine_time, record_engine_times
     from secateur.experiments.int8_export import export_int8
-    from secateur.experiments.manifest import CONFIG, read_manifest
+    from secateur.experiments.manifest import CONFIG
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
-    from secateur.experiments.run_folder import load_pruned, read_origin
+    from secateur.experiments.original import untrained_original
+    from secateur.experiments.run_folder import fetched, load_pruned, read_origin
     from secateur.experiments.user_code_keys import check_named
     from secateur.graph.forward import with_inputs
-    from secateur.models import user_code, zoo
+    from secateur.pipeline.verdict import slower_notices
 
+    folder, run = run, fetched(run)
+    if run != folder and out is None:
+        raise UsageError("name the file with --out: a repository on the Hub is not written to")
     if file_format != "onnx":
         asks_onnx = int8 or opset is not None
         _export_as(file_format, run, out, asks_onnx, overwrite=overwrite, as_json=as_json)
@@ -71,31 +77,39 @@ def export(
     path = out or run / "model.onnx"
     int8_path = path.with_suffix(".int8.onnx")
     check_free(path, overwrite=overwrite)
+    network, origin, named = load_pruned(run), read_origin(run), config_options.changes()
     config = None
-    network = load_pruned(run)
-    manifest, origin = read_manifest(run), read_origin(run)
     if int8:
         check_free(int8_path, overwrite=overwrite)
         config = config_options.make(RunConfig, base=run / CONFIG)
-        check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
+        check_named(run, config, {*named, "model.name", "model.forward"})
+    elif "data.source" in named:
+        raise UsageError("--data is for --int8, which measures ranges and accuracy on images")
+    original, reason = None, ""
+    if latency:
+        code = named.get("model.name"), named.get("model.forward")
+        original, reason = untrained_original(run, *code)
     example = torch.zeros(2, *origin.image_shape)
     result = export_onnx(network, origin.unpacked(example), path, opset=opset, overwrite=overwrite)
-    name, classes = manifest.architecture, manifest.num_classes
-    original = None
-    if name is not None and not user_code.is_user_code(name) and manifest.forward is None:
-        original = with_inputs(zoo.load(name, num_classes=classes), origin.inputs)
     network = with_inputs(network, origin.inputs)
     times = compare_latency(network, path, original, example) if latency else ()
     quantised = None
     if config is not None:
         context = output.run_context()
         quantised = export_int8(
-            *(network, path, int8_path, config, context),
+            *(run, network, path, int8_path, config, context),
             original=original,
-            kept=origin.kept_classes,
             is_timed=latency,
         )
-    output.show_export(result, times, quantised, as_json=as_json)
+    notes = [f"The original network is not timed: {reason}."] if reason else []
+    measured = [engine_time(one.engine, one.batch, one.pruned_ms, one.original_ms) for one in times]
+    for form in () if quantised is None else quantised.latency:
+        both = form.int8_ms, form.original_int8_ms
+        measured.append(engine_time("onnxruntime", form.batch, *both, form="int8"))
+    notes += slower_notices(measured)
+    if measured and folder == run:
+        record_engine_times(run, measured)
+    output.show_export(result, times, quantised, notes, as_json=as_json)
 
 
 def _export_as(
