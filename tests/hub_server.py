@@ -75,7 +75,7 @@ def mock_hub(folder: Path) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     with hub_server() as server:
-        values = {
+        values: dict[str, Any] = {
             "ENDPOINT": server.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(folder / "cache"),

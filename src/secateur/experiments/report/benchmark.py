@@ -251,8 +251,8 @@ def size_table(stats: BenchmarkStatistics) -> TextTable:
     engines = sorted({row.engine for row in stats.all_rows if row.engine})
     measured_in = f" in {' or '.join(engines)}" if engines else ""
     note = (
-        f"Remaining fraction of MACs / parameters / latency, means over seeds. Latency{measured_in} "
-        "is measured with batches of at most 16, interleaved with the original network; it is "
+        "Remaining fraction of MACs / parameters / latency, means over seeds. Latency is measured"
+        f"{measured_in} with batches of at most 16, interleaved with the original network; it is "
         f"approximate if other jobs ran at the same time.{_slower_text(stats)}"
     )
     heads = ("method", *map(_heading, stats.settings))

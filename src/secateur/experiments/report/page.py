@@ -48,13 +48,15 @@ def write_report(
     """
     removed = {group.name: len(group.removed) for group in result.groups}
     recalibration = result.batchnorm_recalibration
+    rows = score_rows(result)
     page = render(
         "report.html.j2",
         result=result,
         verdict=verdict(result),
         metric=partial(metric_text, unit=result.task.metric_unit),
         cards=_cards(result),
-        rows=score_rows(result),
+        heads=list(rows[0]),
+        cells=[list(row.values()) for row in rows],
         times=times_section(times),
         stage_chart=make_stage_chart(result),
         tradeoff=_tradeoff(result, beside),
