@@ -173,9 +173,10 @@ def load_trained(
 
         study = load_study(Path(arguments.data) / "yolox_nano_coco")
         return study.config, study.dataset, study.model
-    from actions import load_network
+    from studies import load_study_network
 
-    return load_network(network, argparse.Namespace(**{**vars(arguments), "study": "imagenet"}))
+    study = argparse.Namespace(**{**vars(arguments), "study": "imagenet"})
+    return load_study_network(network, study)
 
 
 def written(model: nn.Module, images: Tensor, folder: Path, name: str) -> dict[str, Path]:
