@@ -175,8 +175,8 @@ def load_trained(
         return study.config, study.dataset, study.model
     from studies import load_study_network
 
-    study = argparse.Namespace(**{**vars(arguments), "study": "imagenet"})
-    return load_study_network(network, study)
+    changed = {**vars(arguments), "study": "imagenet"}
+    return load_study_network(network, argparse.Namespace(**changed))
 
 
 def written(model: nn.Module, images: Tensor, folder: Path, name: str) -> dict[str, Path]:

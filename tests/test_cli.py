@@ -555,17 +555,23 @@ def test_export_writes_a_file_and_times_both_networks(
     monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
     path = tmp_path / "small.onnx"
     path.touch()
-    outcome = call("export", digits_run.folder, "--out", path)
+    run = Path(shutil.copytree(digits_run.folder, tmp_path / "run"))
+    outcome = call("export", run, "--out", path)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
-    outcome = call("export", digits_run.folder, "--out", path, "--overwrite")
+    outcome = call("export", run, "--out", path, "--overwrite")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0] == f"written: {path}"
     assert "relative error" in lines[1]
     assert lines[2].split() == ["engine", "batch", "original", "ms", "pruned", "ms", "ratio"]
-    assert [line.split()[:2] for line in lines[3:]] == [
+    assert [line.split()[:2] for line in lines[3:7]] == [
         *(["pytorch", "1"], ["onnxruntime", "1"], ["pytorch", "16"], ["onnxruntime", "16"])
+    ]
+    assert all("the pruned network is slower than the original" in line for line in lines[7:])
+    kept = json.loads((run / "engine_times.json").read_text())["times"]
+    assert [(one["engine"], one["batch"]) for one in kept] == [
+        *(("onnxruntime", 1), ("onnxruntime", 16), ("pytorch", 1), ("pytorch", 16))
     ]
 
 
@@ -1206,7 +1212,8 @@ def test_export_to_int8_scores_both_files_and_times_them(
         monkeypatch.setattr(module, "LATENCY_ROUNDS", Rounds(1, 1))
     path, photos = tmp_path / "small.onnx", tmp_path / "photos"
     write_classes(photos, ["ant", "bee"], 10)
-    arguments = ["export", digits_run.folder, "--out", path, "--int8"]
+    run = shutil.copytree(digits_run.folder, tmp_path / "run")
+    arguments = ["export", run, "--out", path, "--int8"]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
     quantised = json.loads(outcome.out)["int8"]

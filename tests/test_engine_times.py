@@ -33,7 +33,7 @@ def measured(batch: int, pruned_ms: float, original_ms: float | None = 5.0) -> E
     )
 
 
-def test_later_times_stand_in_report_and_card(model_file: Path, tmp_path: Path) -> None:
+def test_later_times_are_in_report_and_card(model_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = run(small_config(model_file), folder)
     page = (folder / REPORT).read_text()

@@ -21,8 +21,8 @@ def compare_classes(source: str, names: Sequence[str], expected: Mapping[int, st
     number = next((n for n, name in expected.items() if _name_at(names, n) != _plain(name)), None)
     if number is None:
         return ""
-    found = f"class {number} is {names[number]!r}" if number < len(names) else f"no class {number}"
-    differ = f"{found} there, and {expected[number]!r} in the run"
+    there = f"class {number} is {names[number]!r}" if number < len(names) else f"no class {number}"
+    differ = f"{there} there, and {expected[number]!r} in the run"
     if len(names) == of:
         return (
             f"The classes of {source} have other names than the run's: {differ}. If they are other "

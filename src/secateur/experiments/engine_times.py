@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from secateur.config import EngineName
 from secateur.experiments.manifest import read_manifest
+from secateur.experiments.onnx_export import Latency
 from secateur.experiments.report.times import write_times
 from secateur.experiments.run_folder import ENGINE_TIMES, REPORT
 from secateur.pipeline.verdict import EngineTime
+from secateur.runtime import distributed
 from secateur.runtime.atomic_io import replace_file
 from secateur.runtime.environment import environment
-from secateur.runtime.errors import RunFolderError
+from secateur.runtime.errors import RunFolderError, SecateurError
 from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
 from secateur.runtime.schema import VersionedRecord, parse_record
+
+if TYPE_CHECKING:  # it imports this module, by way of `evaluate`
+    from secateur.experiments.int8_export import Int8Result
 
 SCHEMA_VERSION = 1
 
@@ -55,6 +60,17 @@ def engine_time(
     )
 
 
+def exported_times(latencies: Sequence[Latency], quantised: Int8Result | None) -> list[EngineTime]:
+    """Return the times of exported files, of float and of int8."""
+    times = [
+        engine_time(one.engine, one.batch, one.pruned_ms, one.original_ms) for one in latencies
+    ]
+    for one in () if quantised is None else quantised.latency:
+        both_ms = one.int8_ms, one.original_int8_ms
+        times.append(engine_time("onnxruntime", one.batch, *both_ms, form="int8"))
+    return times
+
+
 def read_engine_times(folder: Path) -> tuple[EngineTime, ...]:
     """Return the times in a run folder that are of its network; empty if none were measured.
 
@@ -79,3 +95,20 @@ def record_engine_times(folder: Path, times: Iterable[EngineTime]) -> None:
     content = EngineTimes(plan_hash=read_manifest(folder).plan_hash, times=merged)
     replace_file(folder / ENGINE_TIMES, content.model_dump_json(indent=1) + "\n")
     write_times(folder / REPORT, merged)
+
+
+def keep_engine_times(
+    folder: Path, place: Path | None, times: Sequence[EngineTime]
+) -> tuple[str, ...]:
+    """Record times where the run lies, and return a note if that can't be done.
+
+    `place` is what the user named: a folder that was fetched from the Hub has another path, and
+    nothing is recorded there.
+    """
+    if not times or folder != place or not distributed.is_main_process():
+        return ()
+    try:
+        record_engine_times(folder, times)
+    except SecateurError as error:
+        return (f"The times are not kept in the run folder: {error}.",)
+    return ()

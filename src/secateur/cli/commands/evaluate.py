@@ -43,12 +43,11 @@ def evaluate(
         raise UsageError("a run folder has its own configuration: leave --config out")
 
     from secateur.cli import output
-    from secateur.experiments.engine_times import record_engine_times
+    from secateur.experiments.engine_times import keep_engine_times
     from secateur.experiments.evaluate import evaluate_network, evaluate_run
     from secateur.experiments.manifest import CONFIG, check_run_folder
     from secateur.experiments.run_folder import fetched
     from secateur.pipeline.verdict import slower_notices
-    from secateur.runtime import distributed
 
     folder = run
     if run is not None:
@@ -60,8 +59,9 @@ def evaluate(
     else:
         named = config_options.changes().keys()
         evaluation = evaluate_run(run, config, output.run_context(), named)
-        time = evaluation.time
-        evaluation = replace(evaluation, notes=(*evaluation.notes, *slower_notices([time])))
-        if folder == run and "plan.engine" in named and distributed.is_main_process():
-            record_engine_times(run, [time])
+        times = [evaluation.time]
+        notes = (*evaluation.notes, *slower_notices(times))
+        if "plan.engine" in named:
+            notes += keep_engine_times(run, folder, times)
+        evaluation = replace(evaluation, notes=notes)
     output.show_evaluation(evaluation, as_json=as_json)

@@ -57,13 +57,11 @@ def export(
     import torch
 
     from secateur.cli import output
-    from secateur.experiments.engine_times import engine_time, record_engine_times
+    from secateur.experiments.engine_times import exported_times, keep_engine_times
     from secateur.experiments.int8_export import export_int8
-    from secateur.experiments.manifest import CONFIG
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
     from secateur.experiments.original import untrained_original
     from secateur.experiments.run_folder import fetched, load_pruned, read_origin
-    from secateur.experiments.user_code_keys import check_named
     from secateur.graph.forward import with_inputs
     from secateur.pipeline.verdict import slower_notices
 
@@ -76,14 +74,11 @@ def export(
         return
     path = out or run / "model.onnx"
     int8_path = path.with_suffix(".int8.onnx")
-    check_free(path, overwrite=overwrite)
+    for file in (path, int8_path) if int8 else (path,):
+        check_free(file, overwrite=overwrite)
     network, origin, named = load_pruned(run), read_origin(run), config_options.changes()
-    config = None
-    if int8:
-        check_free(int8_path, overwrite=overwrite)
-        config = config_options.make(RunConfig, base=run / CONFIG)
-        check_named(run, config, {*named, "model.name", "model.forward"})
-    elif "data.source" in named:
+    config = _int8_config(config_options, run) if int8 else None
+    if config is None and "data.source" in named:
         raise UsageError("--data is for --int8, which measures ranges and accuracy on images")
     original, reason = None, ""
     if latency:
@@ -95,21 +90,26 @@ def export(
     times = compare_latency(network, path, original, example) if latency else ()
     quantised = None
     if config is not None:
-        context = output.run_context()
-        quantised = export_int8(
-            *(run, network, path, int8_path, config, context),
-            original=original,
-            is_timed=latency,
-        )
-    notes = [f"The original network is not timed: {reason}."] if reason else []
-    measured = [engine_time(one.engine, one.batch, one.pruned_ms, one.original_ms) for one in times]
-    for form in () if quantised is None else quantised.latency:
-        both = form.int8_ms, form.original_int8_ms
-        measured.append(engine_time("onnxruntime", form.batch, *both, form="int8"))
-    notes += slower_notices(measured)
-    if measured and folder == run:
-        record_engine_times(run, measured)
+        arguments = run, network, path, int8_path, config, output.run_context()
+        quantised = export_int8(*arguments, original=original, is_timed=latency)
+    measured = exported_times(times, quantised)
+    notes = (*slower_notices(measured), *keep_engine_times(run, folder, measured))
+    if reason:
+        notes = (f"The original network is not timed: {reason}.", *notes)
     output.show_export(result, times, quantised, notes, as_json=as_json)
+
+
+def _int8_config(config_options: ConfigOptions, run: Path) -> RunConfig:
+    """Return the run's configuration with the data where they are now.
+
+    Raises `UsageError` if they are code that the user has not named.
+    """
+    from secateur.experiments.manifest import CONFIG
+    from secateur.experiments.user_code_keys import check_named
+
+    config = config_options.make(RunConfig, base=run / CONFIG)
+    check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
+    return config
 
 
 def _export_as(

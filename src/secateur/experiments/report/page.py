@@ -56,7 +56,7 @@ def write_report(
         metric=partial(metric_text, unit=result.task.metric_unit),
         cards=_cards(result),
         heads=list(rows[0]),
-        cells=[list(row.values()) for row in rows],
+        figures=[list(row.values()) for row in rows],
         times=times_section(times),
         stage_chart=make_stage_chart(result),
         tradeoff=_tradeoff(result, beside),
