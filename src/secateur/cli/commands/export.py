@@ -80,10 +80,8 @@ def export(
     config = _int8_config(config_options, run) if int8 else None
     if config is None and "data.source" in named:
         raise UsageError("--data is for --int8, which measures ranges and accuracy on images")
-    original, reason = None, ""
-    if latency:
-        code = named.get("model.name"), named.get("model.forward")
-        original, reason = untrained_original(run, *code)
+    code = named.get("model.name"), named.get("model.forward")
+    original, reason = untrained_original(run, *code) if latency else (None, "")
     example = torch.zeros(2, *origin.image_shape)
     result = export_onnx(network, origin.unpacked(example), path, opset=opset, overwrite=overwrite)
     network = with_inputs(network, origin.inputs)
