@@ -47,6 +47,8 @@ def test_later_times_are_in_report_and_card(model_file: Path, tmp_path: Path) ->
     page = (folder / REPORT).read_text()
     card = model_card("me/small", read_manifest(folder), read_result(folder), times)
     assert times == (measured(1, 6.25), measured(16, 9.0))
+    assert page.startswith("<!doctype html>\n<html lang")
+    assert page.endswith("</body>\n</html>")
     for text in (page, card):
         assert "In onnxruntime the pruned network is slower than the original (1 image: " in text
         assert "--target latency=F --engine onnxruntime" in text

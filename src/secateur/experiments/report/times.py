@@ -54,4 +54,4 @@ def write_times(report: Path, times: Sequence[EngineTime]) -> None:
     head, start, rest = report.read_text(encoding="utf-8").partition(START)
     _, end, tail = rest.partition(END)
     if start and end:
-        replace_file(report, head + times_section(times) + tail)
+        replace_file(report, f"{head}{times_section(times)}{tail}")
