@@ -17,7 +17,7 @@ from secateur.experiments.engine_times import engine_time
 from secateur.experiments.original import load_original
 from secateur.experiments.run_folder import load_pruned, read_origin
 from secateur.experiments.user_code_keys import check_named
-from secateur.graph.module_state import evaluating
+from secateur.graph.module_state import as_input, evaluating
 from secateur.models.evaluate import LATENCY_ROUNDS, Predictions, evaluate, evaluate_and_predict
 from secateur.models.metrics import MetricFactory
 from secateur.models.plausibility import find_doubt_about
@@ -164,6 +164,7 @@ def _timed(
     Both are measured interleaved, in the engine that the configuration names.
     """
     example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
+    example = as_input(networks["network"], example)
     engine = find_engine(config.plan.engine)
 
     def measure() -> tuple[dict[str, float], int]:
