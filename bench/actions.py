@@ -19,7 +19,6 @@ import copy
 import fnmatch
 import itertools
 import statistics
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,17 @@ from torch import Tensor, nn
 from interleaved import Forward, time_interleaved
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
-from secateur.config import RunConfig
-from secateur.data import DataSet
-from secateur.pipeline.inputs import make_reader, resolve_config
+from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.scoring_context import make_scoring_context
-from studies import channels_last, fraction_equal, labels, load_inputs, predictions
+from studies import (
+    channels_last,
+    fraction_equal,
+    labels,
+    load_study_network,
+    predictions,
+    search_budget,
+    study_parser,
+)
 from tables import with_table
 from training_free import Ours
 
@@ -49,8 +54,6 @@ ACTIONS = (
     ("channels,depth", "latency"),
 )
 """Sets of actions, and the quantity that they are planned by."""
-CALIBRATION = "300 images"
-"""Of ImageNet, as in `imagenet.CALIBRATIONS`."""
 TIME_LEFT = 0.7
 NEAR = 0.02
 """Measured fractions that differ by less count as equal."""
@@ -60,13 +63,7 @@ BATCH = 16
 
 def main() -> None:
     """Measure the missing rows and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", choices=sorted(NETWORKS), nargs="?", default="cifar10")
-    parser.add_argument("--data", help="the folder of CIFAR-10, or that of the ImageNet samples")
-    parser.add_argument("--weights", type=Path, help="the folder of the weights")
-    parser.add_argument("--networks", default="*", help="pattern of networks")
+    parser = study_parser(__doc__, NETWORKS)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +86,7 @@ def measure(
     network: str, seed: int, action_sets: list[tuple[str, str]], arguments: argparse.Namespace
 ) -> None:
     """Append a row for each set of actions."""
-    config, dataset, model = load_network(network, arguments)
+    config, dataset, model = load_study_network(network, arguments)
     batches = channels_last(make_reader(config).read_shard(dataset.test))
     before = fraction_equal(predictions(model, batches), labels(batches))
     images = batches[0].images[:BATCH]
@@ -103,26 +100,19 @@ def measure(
             model, dataset, run_config, criterion_names=(run_config.score.criterion,)
         )
         pruner = Ours(model, context, run_config)
-        budget, points = TIME_LEFT, [(1.0, 1.0)]
-        best: Measurement = {}
-        for _ in range(ATTEMPTS):
-            pruned = pruner.prune(f"{planned_by}={budget:.4f}")
+
+        def attempt(budget: float, pruner: Ours = pruner, by: str = planned_by) -> Measurement:
+            pruned = pruner.prune(f"{by}={budget:.4f}")
             smaller = pruned.stages["refit"]
             ratios = time_ratios(model, smaller, images)
-            time_left = statistics.median(ratios)
-            row: Measurement = {
+            return {
                 "macs_left": pruned.macs_left,
-                "time_left": time_left,
+                "time_left": statistics.median(ratios),
                 "time_left_quartiles": statistics.quantiles(ratios, n=4)[::2],
                 "test_fraction": fraction_equal(predictions(smaller, batches), labels(batches)),
             }
-            print(network, actions, seed, row, flush=True)
-            if not best or abs(time_left - TIME_LEFT) < abs(best["time_left"] - TIME_LEFT):
-                best = row
-            if abs(time_left - TIME_LEFT) < NEAR:
-                break
-            points.append((budget, time_left))
-            budget = min(0.95, max(0.1, next_budget(points, TIME_LEFT)))
+
+        best = search_budget(attempt, TIME_LEFT, NEAR, ATTEMPTS)
         append_measurement(
             RESULTS,
             {
@@ -137,25 +127,6 @@ def measure(
                 "environment": surroundings(),
             },
         )
-
-
-def load_network(
-    network: str, arguments: argparse.Namespace
-) -> tuple[RunConfig, DataSet, nn.Module]:
-    """Return the configuration of a network's run, the images, and the trained network."""
-    if arguments.study == "cifar10":
-        return load_inputs("cifar10", network, arguments)
-    from imagenet import CALIBRATIONS, load_study
-
-    config, dataset, model = load_study(network, arguments, CALIBRATIONS[CALIBRATION])
-    return resolve_config(config, dataset, model), dataset, model
-
-
-def next_budget(points: list[tuple[float, float]], time_left: float) -> float:
-    """Return the budget at which the line through the two nearest points has the wanted time."""
-    (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - time_left))[:2]
-    rise = (y1 - y0) / (x1 - x0) if x1 != x0 else 1.0
-    return x0 + (time_left - y0) / (rise if abs(rise) > 0.1 else 1.0)
 
 
 def time_ratios(model: nn.Module, smaller: nn.Module, images: Tensor) -> list[float]:

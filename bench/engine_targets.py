@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import itertools
-from pathlib import Path
 
 import torch
 
-from actions import load_network, next_budget
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
 from secateur.config import EngineName
@@ -28,7 +26,15 @@ from secateur.engines.registry import find_engine
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.cost.latency_profiler import Stopwatch
-from studies import channels_last, fraction_equal, labels, predictions
+from studies import (
+    channels_last,
+    fraction_equal,
+    labels,
+    load_study_network,
+    predictions,
+    search_budget,
+    study_parser,
+)
 from tables import with_table
 from training_free import Ours
 
@@ -43,13 +49,7 @@ ATTEMPTS = 5
 
 def main() -> None:
     """Measure the missing rows and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", choices=sorted(NETWORKS), nargs="?", default="cifar10")
-    parser.add_argument("--data", help="the folder of CIFAR-10, or that of the ImageNet samples")
-    parser.add_argument("--weights", type=Path, help="the folder of the weights")
-    parser.add_argument("--networks", default="*", help="pattern of networks")
+    parser = study_parser(__doc__, NETWORKS)
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def main() -> None:
 
 def measure(network: str, planned_by: str, seed: int, arguments: argparse.Namespace) -> Measurement:
     """Return the row of the network whose time is nearest to the wanted one."""
-    config, dataset, model = load_network(network, arguments)
+    config, dataset, model = load_study_network(network, arguments)
     batches = channels_last(make_reader(config).read_shard(dataset.test))
     before = fraction_equal(predictions(model, batches), labels(batches))
     changes = {"target": f"{planned_by}={TIME_LEFT}", "engine": ENGINE}
@@ -79,24 +79,17 @@ def measure(network: str, planned_by: str, seed: int, arguments: argparse.Namesp
     )
     pruner = Ours(model, context, run_config)
     stopwatch = Stopwatch(model, context.example, find_engine(ENGINE))
-    budget, points = TIME_LEFT, [(1.0, 1.0)]
-    best: Measurement = {}
-    for _ in range(ATTEMPTS):
+
+    def attempt(budget: float) -> Measurement:
         pruned = pruner.prune(f"{planned_by}={budget:.4f}")
         smaller = pruned.stages["refit"]
-        row: Measurement = {
-            "budget": budget,
+        return {
             "macs_left": pruned.macs_left,
             "time_left": stopwatch.fraction_left(smaller),
             "test_fraction": fraction_equal(predictions(smaller, batches), labels(batches)),
         }
-        print(network, planned_by, seed, row, flush=True)
-        if not best or abs(row["time_left"] - TIME_LEFT) < abs(best["time_left"] - TIME_LEFT):
-            best = row
-        if abs(row["time_left"] - TIME_LEFT) < NEAR:
-            break
-        points.append((budget, row["time_left"]))
-        budget = min(0.95, max(0.1, next_budget(points, TIME_LEFT)))
+
+    best = search_budget(attempt, TIME_LEFT, NEAR, ATTEMPTS)
     return {
         "network": network,
         "planned_by": planned_by,

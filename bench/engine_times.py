@@ -39,7 +39,6 @@ from secateur.graph.cut import cut
 from secateur.graph.module_state import evaluating
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.plan import Allocation, make_plan
-from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
 from tables import with_table
 
@@ -167,10 +166,7 @@ def planned(
     context = make_scoring_context(
         model, dataset, run_config, criterion_names=(run_config.score.criterion,)
     )
-    inputs = make_plan_inputs(
-        *(model, context.dependencies, context.plan_images, context.criteria, context.source),
-        *(run_config.score, run_config.plan),
-    )[run_config.score.criterion]
+    inputs = context.make_plan_inputs(model, run_config)[run_config.score.criterion]
     made = inputs.plan(plan.budget)
     return cut(model, context.dependencies, made.removed).eval()
 
@@ -184,9 +180,10 @@ def load_trained(
 
         study = load_study(Path(arguments.data) / "yolox_nano_coco")
         return study.config, study.dataset, study.model
-    from actions import load_network
+    from studies import load_study_network
 
-    return load_network(network, argparse.Namespace(**{**vars(arguments), "study": "imagenet"}))
+    changed = {**vars(arguments), "study": "imagenet"}
+    return load_study_network(network, argparse.Namespace(**changed))
 
 
 def written(model: nn.Module, images: Tensor, folder: Path, name: str) -> dict[str, Path]:

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actions import load_network
 from engine_times import planned, untrained
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, reason_of, revision, surroundings
@@ -37,6 +36,7 @@ from secateur.experiments.onnx_export import ExportResult, export_onnx
 from secateur.experiments.other_formats import FORMATS, FormatResult, export_as
 from secateur.graph.build import build_dependency_graph
 from secateur.runtime.errors import ExportError
+from studies import load_study_network
 from tables import with_table
 
 RESULTS = ROOT / "results" / "export_formats.jsonl"
@@ -117,7 +117,7 @@ def networks_of(network: str, arguments: argparse.Namespace) -> tuple[nn.Module,
     is_small = network in SIDES
     folders = {"data": arguments.data if is_small else arguments.images}
     study = {"study": "cifar10" if is_small else "imagenet", **folders}
-    config, dataset, model = load_network(
+    config, dataset, model = load_study_network(
         network, argparse.Namespace(**{**vars(arguments), **study})
     )
     return model.eval(), planned(model, dataset, config, TRAINED[network], None)

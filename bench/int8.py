@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from actions import load_network
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
 from secateur.data import Batch
@@ -32,7 +31,7 @@ from secateur.engines.quantised_file import quantise_file
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
-from studies import channels_last
+from studies import channels_last, load_study_network, study_parser
 from tables import with_table
 from training_free import Ours
 
@@ -54,13 +53,7 @@ RANGE_IMAGES, RANGE_BATCH = 256, 32
 
 def main() -> None:
     """Measure the missing rows and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", choices=sorted(NETWORKS), nargs="?", default="cifar10")
-    parser.add_argument("--data", help="the folder of CIFAR-10, or that of the ImageNet samples")
-    parser.add_argument("--weights", type=Path, help="the folder of the weights")
-    parser.add_argument("--networks", default="*", help="pattern of networks")
+    parser = study_parser(__doc__, NETWORKS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.data is not None:
@@ -79,7 +72,7 @@ def main() -> None:
 
 def measure(network: str, multiples: list[int], arguments: argparse.Namespace) -> None:
     """Append a row for each multiple."""
-    config, dataset, model = load_network(network, arguments)
+    config, dataset, model = load_study_network(network, arguments)
     batches = channels_last(make_reader(config).read_shard(dataset.test))
     for multiple in multiples:
         plan = config.plan.model_copy(update={"target": TARGETS[network], "round_to": multiple})

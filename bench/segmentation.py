@@ -37,7 +37,6 @@ from secateur.graph.module_state import evaluating
 from secateur.pipeline.inputs import load_inputs, make_reader, resolve_config
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.pruning.apply import apply_plan
-from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
 
@@ -204,15 +203,7 @@ def _pruned(
     start = time.perf_counter()
     names = tuple(dict.fromkeys(method.criterion for method, _ in wanted))
     context = make_scoring_context(model, dataset, config, criterion_names=names)
-    plan_inputs = make_plan_inputs(
-        model,
-        context.dependencies,
-        context.plan_images,
-        context.criteria,
-        context.source,
-        config.score,
-        config.plan,
-    )
+    plan_inputs = context.make_plan_inputs(model, config)
     scoring = time.perf_counter() - start
     for method, target in wanted:
         start = time.perf_counter()

@@ -54,7 +54,6 @@ from secateur.pipeline.plan_trials import best_plan
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.apply import apply_plan, dropped_branches
 from secateur.pruning.plan import PruningPlan
-from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.pruning.refit.layerwise import RefitInputs
 from secateur.pruning.refit.refit_and_check import refit_and_check
 from secateur.training.distill import distill
@@ -220,15 +219,7 @@ class Ours:
         self._model, self.context, self._config = model, context, config
         self._seconds: dict[str, float] = {}
         with _timed(self._seconds, "score"):
-            self._plan_inputs = make_plan_inputs(
-                model,
-                context.dependencies,
-                context.plan_images,
-                context.criteria,
-                context.source,
-                config.score,
-                config.plan,
-            )[config.score.criterion]
+            self._plan_inputs = context.make_plan_inputs(model, config)[config.score.criterion]
 
     def prune(self, target: str) -> Pruned:
         """Return the network after every step, and the seconds of each step."""

@@ -17,16 +17,21 @@ import argparse
 import fnmatch
 import itertools
 import statistics
-from pathlib import Path
 
 import torch
 
-from actions import load_network
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.scoring_context import make_scoring_context
-from studies import channels_last, fraction_equal, labels, predictions
+from studies import (
+    channels_last,
+    fraction_equal,
+    labels,
+    load_study_network,
+    predictions,
+    study_parser,
+)
 from tables import with_table
 from training_free import Ours
 
@@ -46,13 +51,7 @@ MULTIPLES = (1, 0, 4, 8, 16)
 
 def main() -> None:
     """Measure the missing rows and write the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", choices=sorted(NETWORKS), nargs="?", default="cifar10")
-    parser.add_argument("--data", help="the folder of CIFAR-10, or that of the ImageNet samples")
-    parser.add_argument("--weights", type=Path, help="the folder of the weights")
-    parser.add_argument("--networks", default="*", help="pattern of networks")
+    parser = study_parser(__doc__, NETWORKS)
     parser.add_argument("--multiples", type=int, nargs="+", default=MULTIPLES)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
@@ -73,7 +72,7 @@ def main() -> None:
 
 def measure(network: str, seed: int, multiples: list[int], arguments: argparse.Namespace) -> None:
     """Append a row for each multiple."""
-    config, dataset, model = load_network(network, arguments)
+    config, dataset, model = load_study_network(network, arguments)
     batches = channels_last(make_reader(config).read_shard(dataset.test))
     before = fraction_equal(predictions(model, batches), labels(batches))
     target = TARGETS[network]

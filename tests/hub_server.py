@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_mock"
@@ -61,6 +64,27 @@ def hub_server() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def mock_hub(folder: Path) -> Iterator[Hub]:
+    """Serve an empty Hub that the client takes for the real one; its user is logged in.
+
+    The client's cache lies in `folder`.
+    """
+    from huggingface_hub import constants
+
+    with hub_server() as server:
+        values: dict[str, Any] = {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_TOKEN_PATH": str(folder / "no token"),
+        }
+        environment = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        with mock.patch.multiple(constants, **values), mock.patch.dict(os.environ, environment):
+            yield server
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 import secateur
 from fault_case import Case, FailingDisk
+from hub_server import TOKEN, Repository, mock_hub
 from layouts import Pixels, random_pixels, tiff_of, write_classes, write_image
 from secateur import data
 from secateur.cli import app
@@ -37,6 +38,7 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.experiments import run as runs
 from secateur.experiments import run_folder
 from secateur.experiments.manifest import MANIFEST, PLAN, PROGRAM, WEIGHTS
+from secateur.experiments.push import push
 from secateur.experiments.train_base import train_base
 from secateur.models import zoo
 from secateur.models.checkpoint_files import read_checkpoint
@@ -642,6 +644,35 @@ def failing_run(desk: Desk, error: Exception) -> None:
 
 # --- the rows ----------------------------------------------------------------------------------
 
+
+def named_network(desk: Desk) -> None:
+    """A run of a built-in network is scored beside another one."""
+    folder = changed(
+        desk,
+        MANIFEST,
+        lambda text: re.sub(r'"architecture": "[^"]*"', '"architecture": "resnet20"', text),
+    )
+    secateur_command("evaluate", folder, "-m", "resnet56")
+
+
+def on_the_hub(
+    case: Callable[[Desk], object], *, token: str = TOKEN, endpoint: str | None = None
+) -> Callable[[Desk], object]:
+    """The case before a mock of the Hub with an open and a gated repository."""
+
+    def run(desk: Desk) -> None:
+        constants = pytest.importorskip("huggingface_hub").constants
+        with contextlib.ExitStack() as stack:
+            hub = stack.enter_context(mock_hub(desk.folder))
+            hub.repositories |= {"me/open": Repository(), "me/gated": Repository(gated=True)}
+            if endpoint is not None:
+                stack.enter_context(mock.patch.object(constants, "ENDPOINT", endpoint))
+            stack.enter_context(mock.patch.dict(os.environ, {"HF_TOKEN": token}))
+            case(desk)
+
+    return run
+
+
 CASES: dict[str, Callable[[Desk], object]] = {
     # the request
     "no network has this name": lambda desk: desk.prune("-m", "resnet57"),
@@ -766,6 +797,28 @@ CASES: dict[str, Callable[[Desk], object]] = {
         "finetune", desk.run()
     ),
     "the network is in code that loading won't run": lambda desk: run_folder.load(desk.whole),
+    "the data are not those of the run": lambda desk: secateur_command(
+        *(
+            "evaluate",
+            desk.whole,
+            "-d",
+            folder_of(desk, *(f"{name}/{n}.png" for name in ("cow", "dog") for n in range(9))),
+        )
+    ),
+    "another network is named than the run's": named_network,
+    # Hugging Face Hub
+    "no repository has the name": on_the_hub(lambda desk: run_folder.load("hf://me/none")),
+    "the repository is gated": on_the_hub(lambda desk: run_folder.load("hf://me/gated")),
+    "the repository has no such branch": on_the_hub(
+        lambda desk: run_folder.load("hf://me/open@v9")
+    ),
+    "the text is no address": lambda desk: run_folder.load("hf://small"),
+    "the command needs a folder": lambda desk: secateur_command("finetune", "hf://me/open"),
+    "you may not write there": on_the_hub(lambda desk: push(desk.whole, "me/small"), token=""),
+    "the repository is public": on_the_hub(lambda desk: push(desk.whole, "me/open", private=True)),
+    "the Hub can't be reached": on_the_hub(
+        lambda desk: run_folder.load("hf://me/open"), endpoint="http://127.0.0.1:9"
+    ),
     # data sets
     "the folder does not exist": lambda desk: data.load(f"folder:{desk.folder / 'none'}"),
     "the kind of data set is not named": lambda desk: data.load(str(desk.folder)),

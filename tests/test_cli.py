@@ -25,6 +25,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 import secateur
+from layouts import write_classes
 from runs import DigitsRun, small_config
 from secateur import data
 from secateur.cli import app
@@ -554,27 +555,44 @@ def test_export_writes_a_file_and_times_both_networks(
     monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
     path = tmp_path / "small.onnx"
     path.touch()
-    outcome = call("export", digits_run.folder, "--out", path)
+    run = Path(shutil.copytree(digits_run.folder, tmp_path / "run"))
+    outcome = call("export", run, "--out", path)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
-    outcome = call("export", digits_run.folder, "--out", path, "--overwrite")
+    outcome = call("export", run, "--out", path, "--overwrite")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0] == f"written: {path}"
     assert "relative error" in lines[1]
     assert lines[2].split() == ["engine", "batch", "original", "ms", "pruned", "ms", "ratio"]
-    assert [line.split()[:2] for line in lines[3:]] == [
+    assert [line.split()[:2] for line in lines[3:7]] == [
         *(["pytorch", "1"], ["onnxruntime", "1"], ["pytorch", "16"], ["onnxruntime", "16"])
+    ]
+    assert all("the pruned network is slower than the original" in line for line in lines[7:])
+    kept = json.loads((run / "engine_times.json").read_text())["times"]
+    assert [(one["engine"], one["batch"]) for one in kept] == [
+        *(("onnxruntime", 1), ("onnxruntime", 16), ("pytorch", 1), ("pytorch", 16))
     ]
 
 
 def test_run_of_user_code_is_scored_and_exported_without_the_code(
-    call: Call, model_file: Path, tmp_path: Path
+    call: Call, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
     run = tmp_path / "run"
     runs.run(small_config(model_file), run)
+    named = ["--model", f"{model_file}:small"]
+    outcome = call("export", run, "--out", tmp_path / "timed.onnx", *named, "--json")
+    assert all(one["original_ms"] > 0 for one in json.loads(outcome.out)["latency"])
+    printed = json.loads(call("evaluate", run, *named, "--json").out)
+    assert 0 < printed["agreement_fraction"] <= 1
     model_file.unlink()
+    outcome = call("export", run, "--out", tmp_path / "pruned.onnx", "--json")
+    exported = json.loads(outcome.out)
+    assert all(one["original_ms"] is None for one in exported["latency"])
+    (note,) = exported["notes"]
+    assert note.startswith("The original network is not timed: its code is not run unless named")
     outcome = call("export", run, "--no-latency", "--json")
     assert (outcome.code, outcome.err) == (0, "")
     exported = json.loads(outcome.out)
@@ -585,7 +603,8 @@ def test_run_of_user_code_is_scored_and_exported_without_the_code(
     recorded = json.loads((run / "result.json").read_text())["stages"][-1]["score"]
     printed = json.loads(call("evaluate", run, "--json").out)
     (note,) = printed.pop("notes")
-    assert note.startswith("Agreement with the original network is not known: its code, ")
+    assert note.startswith("Agreement with the original network is not known: its code is not run")
+    assert note.endswith(f"unless named, --model {model_file}:small.")
     beside_original = dict.fromkeys(("agreement_fraction", "lost", "gained"))
     assert {**printed, "latency_ms": 0} == {**recorded, **beside_original, "latency_ms": 0}
 
@@ -1191,8 +1210,10 @@ def test_export_to_int8_scores_both_files_and_times_them(
     pytest.importorskip("onnxruntime")
     for module in (export, int8_export):
         monkeypatch.setattr(module, "LATENCY_ROUNDS", Rounds(1, 1))
-    path = tmp_path / "small.onnx"
-    arguments = ["export", digits_run.folder, "--out", path, "--int8"]
+    path, photos = tmp_path / "small.onnx", tmp_path / "photos"
+    write_classes(photos, ["ant", "bee"], 10)
+    run = shutil.copytree(digits_run.folder, tmp_path / "run")
+    arguments = ["export", run, "--out", path, "--int8"]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
     quantised = json.loads(outcome.out)["int8"]
@@ -1211,6 +1232,8 @@ def test_export_to_int8_scores_both_files_and_times_them(
         (["--format", "openvino", "--opset", "18"], "--opset is for --format onnx"),
         (["--format", "nothing"], "there is no format 'nothing'"),
         (["--format", "torchscript"], "torch advises against TorchScript"),
+        (["--data", "digits", "--overwrite"], "--data is for --int8"),
+        (["--data", f"folder:{photos}", "--int8", "--overwrite"], "has other classes than the run"),
     ):
         outcome = call("export", digits_run.folder, "--out", path, *options)
         assert outcome.code in (1, 2)

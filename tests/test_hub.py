@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hub_server import TOKEN, Hub, Repository, hub_server
+from hub_server import Hub, Repository, mock_hub
 from networks import random_images
 from runs import DigitsRun
 from secateur.cli import main
@@ -28,22 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A mock of the Hub, which the client takes for it; its user is logged in."""
-    from huggingface_hub import constants
-
-    with hub_server() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": template,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_TOKEN_PATH": str(tmp_path / "no token"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with mock_hub(tmp_path) as server:
         yield server
 
 
@@ -190,3 +176,19 @@ def test_the_command_prints_the_commit(
     printed = json.loads(capsys.readouterr().out)
     assert printed["repo"] == "me/a"
     assert "/me/a/commit/" in printed["commit"]
+
+
+def test_a_repository_is_scored_by_its_address(
+    digits_run: DigitsRun,
+    hub: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    push(digits_run.folder, "me/small")
+    monkeypatch.setattr("sys.argv", ["secateur", "evaluate", "hf://me/small", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    last = digits_run.result.stages[-1].score
+    assert (printed["metric"], printed["macs"]) == (last.metric, last.macs)

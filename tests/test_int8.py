@@ -21,7 +21,7 @@ SCORE = Score(0.9, None, 0.3, 100, 1, 1, 0.0)
 
 def result(latency: FormLatency) -> Int8Result:
     return Int8Result(
-        Path("int8.onnx"), 1, 64, SCORE, SCORE, SINGLE_LABEL, (latency,), "onnxruntime"
+        Path("int8.onnx"), 1, 64, SCORE, SCORE, SINGLE_LABEL, (), (latency,), "onnxruntime"
     )
 
 

@@ -139,6 +139,8 @@ def test_classes_are_found_by_name_or_number(wanted: list[str], numbers: tuple[i
     [
         ("catt", "unknown class 'catt': did you mean cat?"),
         ("6", "there is no class 6: they are numbered 0 to 5"),
+        ("-1", "there is no class -1: they are numbered 0 to 5"),
+        ("", "--keep-classes names no class: list two or more, as cat,dog or 3,5"),
         ("crane", "several classes are called 'crane': name it by its number, 3 and 4"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import secateur
 from networks import random_images, random_plan, randomise_norms
 from secateur.experiments import run_folder
+from secateur.experiments.original import untrained_original
 from secateur.experiments.run_folder import Origin
 from secateur.graph.build import build_dependency_graph
 from secateur.models.reparameterize import branched_blocks, reparameterized
@@ -114,3 +115,23 @@ def test_a_named_network_is_folded_when_it_is_loaded(tmp_path: Path) -> None:
     origin = Origin("timm:repvgg_a0", (3, 32, 32), num_classes=3, reparameterized=True)
     run_folder.write(tmp_path, smaller, plan, origin)
     assert torch.equal(run_folder.load(tmp_path)(images), smaller(images))
+    original, _ = untrained_original(tmp_path, None, None)
+    assert original is not None
+    assert branched_blocks(original) == 0  # it is timed as it runs
+
+    saved = tmp_path / "saved"
+    name = "timm:repvgg_a0"
+    secateur.save(
+        saved, smaller, plan, image_shape=(3, 32, 32), architecture=name, reparameterized=True
+    )
+    assert torch.equal(run_folder.load(saved)(images), smaller(images))
+
+
+def test_a_network_without_blocks_to_fold_is_told() -> None:
+    images = random_images(20, 16)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    )
+    result = secateur.prune(model, [images], target=0.8, settings=FOLDED)
+    assert any("has no blocks to fold" in notice for notice in result.result.notices)

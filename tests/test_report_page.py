@@ -205,6 +205,11 @@ def test_a_printed_page_has_its_pictures(page: Page) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     assert background(page) == "rgb(251, 251, 248)"
     expect(page.locator("#controls")).to_be_hidden()
+    page.set_viewport_size({"width": 688, "height": 1017})  # A4 without its margins
+    height = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('#filters > li')].map(one => one.offsetHeight))"
+    )
+    assert height < 1017 / 4  # a row that does not fit leaves no more of the page empty
 
 
 def test_the_chart_of_stages_is_zoomed_to_its_values(page: Page, digits_run: DigitsRun) -> None:

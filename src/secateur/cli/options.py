@@ -80,6 +80,7 @@ SEED = Key("seed", OUTPUT)
 NAMING_MODEL = Key("report.naming_model", OUTPUT)
 VOCABULARY = Key("report.vocabulary", OUTPUT)
 
+RUN_OR_ADDRESS = "A run folder, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -151,15 +151,20 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
     if as_json:
         skipped = {} if evaluation.unreadable is None else {"unreadable": evaluation.unreadable}
         facts = {**asdict(evaluation.score), **skipped, "notes": evaluation.notes}
+        if evaluation.original_ms is not None:
+            facts["original_latency_ms"] = evaluation.original_ms
         print(json.dumps(facts, indent=1))
         return
-    show_score(evaluation.score, evaluation.task, evaluation.engine)
+    show_score(evaluation.score, evaluation.task, evaluation.engine, evaluation.original_ms)
     show_unreadable(evaluation.unreadable or ())
     show_notes(evaluation.notes)
 
 
-def show_score(score: Score, task: Task, engine: EngineName) -> None:
-    """Print a score."""
+def show_score(
+    score: Score, task: Task, engine: EngineName, original_ms: float | None = None
+) -> None:
+    """Print a score, and the latency of the original network if it is known."""
+    before = "" if original_ms is None else f"; the original {original_ms:.1f} ms"
     table = Table(box=None, show_header=False, pad_edge=False)
     top5, agreement = score.top5_fraction, score.agreement_fraction
     for title, text in (
@@ -176,7 +181,8 @@ def show_score(score: Score, task: Task, engine: EngineName) -> None:
         ("parameters", count_text(score.parameters)),
         (
             "latency",
-            f"{score.latency_ms:.1f} ms a batch of {score.latency_batch}, {ENGINE_TITLES[engine]}",
+            f"{score.latency_ms:.1f} ms a batch of {score.latency_batch}, "
+            f"{ENGINE_TITLES[engine]}{before}",
         ),
     ):
         table.add_row(title, text)
@@ -187,12 +193,14 @@ def show_export(
     result: ExportResult | FormatResult,
     times: tuple[Latency, ...],
     quantised: Int8Result | None = None,
+    notes: Sequence[str] = (),
     *,
     as_json: bool,
 ) -> None:
-    """Print which files were written, and the latency of both networks."""
+    """Print which files were written, the latency of both networks, and notes."""
+    notes = [*notes, *(() if quantised is None else quantised.notes)]
     if as_json:
-        facts = {**asdict(result), "path": str(result.path)}
+        facts = {**asdict(result), "path": str(result.path), "notes": notes}
         facts["latency"] = [asdict(one) for one in times]
         if quantised is not None:
             facts["int8"] = _int8_facts(quantised)
@@ -216,6 +224,7 @@ def show_export(
         _show_latency(times)
     if quantised is not None:
         show_int8(quantised)
+    show_notes(notes)
 
 
 def _show_latency(times: tuple[Latency, ...]) -> None:

@@ -49,6 +49,8 @@ def find_classes(wanted: Sequence[str], names: Sequence[str], of: int) -> KeptCl
     parts: list[str] = []
     for entry in wanted:
         parts += [entry] if entry in names else [part.strip() for part in entry.split(",")]
+    if not any(parts):
+        raise UsageError("--keep-classes names no class: list two or more, as cat,dog or 3,5")
     numbers = sorted({_find_class(part, names, of) for part in parts if part})
     kept_names = tuple(names[number] for number in numbers) if names else ()
     return KeptClasses(tuple(numbers), kept_names, of)
@@ -65,9 +67,9 @@ def _find_class(wanted: str, names: Sequence[str], of: int) -> int:
         raise UsageError(f"several classes are called {wanted!r}: name it by its number, {numbers}")
     if matches:
         return matches[0]
-    if wanted.isdecimal():
+    if wanted.removeprefix("-").isdecimal():
         known = min(of, len(names)) if names else of
-        if int(wanted) >= known:
+        if not 0 <= int(wanted) < known:
             raise UsageError(f"there is no class {wanted}: they are numbered 0 to {known - 1}")
         return int(wanted)
     if not names:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from secateur.config import EngineName, RunConfig
 from secateur.data import DataSet
-from secateur.engines.latency import latency_in
 from secateur.engines.registry import find_engine
-from secateur.experiments.run_folder import load_pruned, read_origin, read_plan
+from secateur.experiments.engine_times import engine_time
+from secateur.experiments.original import load_original
+from secateur.experiments.run_folder import load_pruned, read_origin
 from secateur.experiments.user_code_keys import check_named
-from secateur.graph.module_state import tensors_of
-from secateur.models import user_code
-from secateur.models.evaluate import Predictions, evaluate, evaluate_and_predict
+from secateur.graph.module_state import as_input, evaluating
+from secateur.models.evaluate import LATENCY_ROUNDS, Predictions, evaluate, evaluate_and_predict
 from secateur.models.metrics import MetricFactory
 from secateur.models.plausibility import find_doubt_about
 from secateur.models.score import Score
@@ -29,12 +31,14 @@ from secateur.pipeline.inputs import (
     make_reader,
     resolve_config,
 )
+from secateur.pipeline.result import RESULT, read_result
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.task import EXAMPLE_IMAGES, metric_of, output_parts, task_of, with_metric
+from secateur.pipeline.verdict import EngineTime
 from secateur.runtime import distributed
 from secateur.runtime.device import find_device
-from secateur.runtime.errors import SecateurError, UsageError
-from secateur.runtime.hashing import weights_hash
+from secateur.runtime.errors import UsageError
+from secateur.runtime.timing import batch_in_time, interleaved_medians
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,17 @@ class Evaluation:
     task: Task
     engine: EngineName
     """What the latency was measured in."""
+    original_ms: float | None
+    """Latency of the original beside it, measured interleaved; None if it is not at hand."""
     notes: tuple[str, ...]
     unreadable: tuple[str, ...] | None
     """Image files that were left out; None if none may be."""
+
+    @property
+    def time(self) -> EngineTime:
+        """The latency of the network, and of the original if it is at hand."""
+        score = self.score
+        return engine_time(self.engine, score.latency_batch, score.latency_ms, self.original_ms)
 
 
 def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
@@ -59,12 +71,13 @@ def evaluate_network(config: RunConfig, run_context: RunContext) -> Evaluation:
     task, metric = task_and_metric(network, network, dataset, config, run_context)
     batches = make_reader(config, run_context).read_shard(dataset.test, "scoring")
     score, predictions = evaluate_and_predict(network, batches, task=task, metric=metric)
-    score = _timed(score, network, dataset, config, run_context)
+    if config.plan.engine != "pytorch":
+        score, _ = _timed(score, {"network": network}, dataset, config, run_context)
     doubt = find_doubt_about(predictions, task, has_labels=dataset.has_labels)
     notes = (*describe_inputs(asked, config, dataset), *dataset.notes, *task.notes)
     if doubt is not None:
         notes = (*notes, doubt.note())
-    return Evaluation(score, task, config.plan.engine, notes, _unreadable(run_context))
+    return Evaluation(score, task, config.plan.engine, None, notes, _unreadable(run_context))
 
 
 def evaluate_run(
@@ -82,10 +95,11 @@ def evaluate_run(
             "name the unpruned network with --model"
         )
     check_named(run, config, {*named, "model.name", "model.forward"})
+    before, unknown = load_original(run, config, named)
     network = load_pruned(run).to(find_device(config.model.device))
     kept = read_origin(run).kept_classes
-    before, notes = _load_original(run, config, named)
-    dataset = load_data(config, network, kept)
+    notes = (f"Agreement with the original network is not known: {unknown}.",) if unknown else ()
+    dataset = load_data_for(run, config, network)
     original = None
     if before is not None:
         its_data, original = before
@@ -100,34 +114,26 @@ def evaluate_run(
         batches = reader.read_shard(dataset.test, "scoring the original")
         _, predictions = evaluate_and_predict(original, batches, task=task, known_ms=0.0)
     batches = reader.read_shard(dataset.test, "scoring")
-    score = evaluate(network, batches, task=task, metric=metric, original=predictions)
-    score = _timed(score, network, dataset, config, run_context)
+    score = evaluate(network, batches, task=task, metric=metric, original=predictions, known_ms=0.0)
+    networks = {"network": network} | ({} if original is None else {"original": original})
+    score, original_ms = _timed(score, networks, dataset, config, run_context)
     return Evaluation(
         score,
         task,
         config.plan.engine,
+        original_ms,
         (*dataset.notes, *task.notes, *notes),
         _unreadable(run_context),
     )
 
 
-def _load_original(
-    run: Path, config: RunConfig, named: Collection[str]
-) -> tuple[tuple[DataSet, nn.Module] | None, tuple[str, ...]]:
-    """Return the data and the network before a run, or None and a note that says why not."""
-    unknown = "Agreement with the original network is not known:"
-    if user_code.is_user_code(config.model.name):
-        return None, (f"{unknown} its code, {config.model.name}, is not run here.",)
-    forward = config.model.forward
-    if forward is not None and "model.forward" not in named:
-        return None, (f"{unknown} its function is not run unless named, --forward {forward}.",)
-    try:
-        dataset, original = load_inputs(config)
-    except SecateurError as error:
-        return None, (f"{unknown} {error}.",)
-    if read_plan(run).weights not in (None, weights_hash(tensors_of(original))):
-        return None, (f"{unknown} {config.model.weights} holds other weights now.",)
-    return (dataset, original), ()
+def load_data_for(run: Path, config: RunConfig, network: nn.Module) -> DataSet:
+    """Load the data that `config` names, as the pruned network of a run takes them.
+
+    Raises `DataError` if they have other classes than the run's; see `compare_classes`.
+    """
+    names = read_result(run).class_names if (run / RESULT).is_file() else ()
+    return load_data(config, network, names, read_origin(run).kept_classes)
 
 
 def task_and_metric(
@@ -148,18 +154,31 @@ def task_and_metric(
 
 def _timed(
     score: Score,
-    network: nn.Module,
+    networks: Mapping[str, nn.Module],
     dataset: DataSet,
     config: RunConfig,
     run_context: RunContext,
-) -> Score:
-    """Return a score with the latency in the engine that the configuration names."""
-    if config.plan.engine == "pytorch":
-        return score
+) -> tuple[Score, float | None]:
+    """Return a score with the latency of `network`, and that of `original` if it is there.
+
+    Both are measured interleaved, in the engine that the configuration names.
+    """
     example = make_reader(config, run_context).read_first(dataset.test, EXAMPLE_IMAGES)
+    example = as_input(networks["network"], example)
     engine = find_engine(config.plan.engine)
-    milliseconds, batch = distributed.on_main_process(lambda: latency_in(engine, network, example))
-    return replace(score, latency_ms=milliseconds, latency_batch=batch)
+
+    def measure() -> tuple[dict[str, float], int]:
+        with contextlib.ExitStack() as stack:
+            for network in networks.values():
+                stack.enter_context(evaluating(network))
+            stack.enter_context(torch.inference_mode())
+            batch = batch_in_time(networks["network"], example)
+            actions = {name: engine.prepare(network, batch) for name, network in networks.items()}
+            return interleaved_medians(actions, LATENCY_ROUNDS), len(batch)
+
+    medians, batch = distributed.on_main_process(measure)
+    score = replace(score, latency_ms=medians["network"], latency_batch=batch)
+    return score, medians.get("original")
 
 
 def _unreadable(run_context: RunContext) -> tuple[str, ...] | None:

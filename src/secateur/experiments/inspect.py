@@ -25,7 +25,6 @@ from secateur.pipeline.name_filters import image_words_of
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.scoring_context import ScoringContext, make_scoring_context
 from secateur.pruning.outcome import Sensitivity
-from secateur.pruning.plan_inputs import make_plan_inputs
 from secateur.runtime import distributed
 from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import UnknownName
@@ -132,16 +131,7 @@ def measure_network_sensitivity(
     dataset, network = load_inputs(config)
     config = resolve_config(config, dataset, network)
     context = make_scoring_context(network, dataset, config, run_context, criterion_names=names)
-    inputs = make_plan_inputs(
-        network,
-        context.dependencies,
-        context.plan_images,
-        context.criteria,
-        context.source,
-        config.score,
-        config.plan,
-        progress=run_context.progress,
-    )
+    inputs = context.make_plan_inputs(network, config, run_context.progress)
     sensitivity = inputs[names[0]].allocation.sensitivity
     assert sensitivity is not None
     return sensitivity

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from secateur.config import EngineName, RunConfig
 from secateur.data import draw_calibration_images
-from secateur.data.kept_classes import KeptClasses
 from secateur.engines.engine import Program
 from secateur.engines.file_engine import arrays_of
 from secateur.engines.flat_network import inputs_in, run_flat
@@ -26,14 +25,14 @@ from secateur.engines.openvino import load_openvino
 from secateur.engines.output_structure import Structure, put_together
 from secateur.engines.quantised_file import quantise_file
 from secateur.engines.quantised_openvino import quantise_openvino
-from secateur.experiments.evaluate import task_and_metric
+from secateur.experiments.evaluate import load_data_for, task_and_metric
 from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS
 from secateur.experiments.other_formats import write_openvino
 from secateur.graph.forward import inputs_of, with_inputs
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.models.task import Task
-from secateur.pipeline.inputs import load_data, make_reader, resolve_config
+from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.runtime.timing import interleaved_medians, repeat_to_batch
 
@@ -69,6 +68,8 @@ class Int8Result:
     int8_score: Score
     """Latency, MACs and parameters in these don't count."""
     task: Task
+    notes: tuple[str, ...]
+    """What to know of the data."""
     latency: tuple[FormLatency, ...]
     engine: EngineName
     """What runs both files."""
@@ -133,6 +134,7 @@ def int8_path(file: Path) -> Path:
 
 
 def export_int8(
+    run: Path,
     quantiser: Quantiser,
     network: nn.Module,
     file: Path,
@@ -140,19 +142,18 @@ def export_int8(
     run_context: RunContext,
     *,
     original: nn.Module | None = None,
-    kept: KeptClasses | None = None,
     is_timed: bool = True,
 ) -> Int8Result:
     """Quantise the file of a run's network, score both on the test images and time both.
 
-    `network` is the run's, whose inputs are those of the file; `config` is the run's configuration
-    with the data where they are now. At most `CALIBRATION_IMAGES` of the training images set the
-    ranges of activations, drawn as the run's calibration images are. The `original` is timed only:
-    the values of its weights don't matter. `kept` are the classes of the network, if it was cut to
-    some. Nothing is timed unless `is_timed`. Raises `SecateurError`.
+    `network` is that of the folder `run`, whose inputs are those of the file; `config` is the run's
+    configuration with the data where they are now. At most `CALIBRATION_IMAGES` of the training
+    images set the ranges of activations, drawn as the run's calibration images are. The `original`
+    is timed only: the values of its weights don't matter. Nothing is timed unless `is_timed`.
+    Raises `SecateurError`, also if the data have other classes than the run's.
     """
     path = int8_path(file)
-    dataset = load_data(config, network, kept)
+    dataset = load_data_for(run, config, network)
     config = resolve_config(config, dataset, network)
     reader = make_reader(config, run_context)
     task, metric = task_and_metric(network, network, dataset, config, run_context)
@@ -184,6 +185,7 @@ def export_int8(
         score(file, "scoring float"),
         score(path, "scoring int8"),
         task,
+        dataset.notes,
         _latency(quantiser, network, file, path, original, example) if is_timed else (),
         quantiser.engine,
     )

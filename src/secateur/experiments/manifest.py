@@ -16,8 +16,9 @@ import torchvision
 from pydantic import NonNegativeInt, PositiveInt
 
 from secateur.data.kept_classes import KeptClasses
+from secateur.integrations import hub
 from secateur.runtime.atomic_io import replace_file
-from secateur.runtime.errors import RunFolderError
+from secateur.runtime.errors import RunFolderError, UsageError
 from secateur.runtime.input_limits import (
     PLAN_TEXT,
     SMALL_TEXT,
@@ -120,9 +121,18 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise `RunFolderError`, which says what to name instead, if this is not a run folder."""
+    """Raise `RunFolderError`, which says what to name instead, if this is not a run folder.
+
+    An address on the Hub is a `UsageError`; see `run_folder.fetched`.
+    """
     if (folder / MANIFEST).is_file():
         return
+    address = hub.address_in(folder)
+    if address is not None:
+        raise UsageError(
+            f"{address} is a repository on the Hub, and this command needs a folder: hf download "
+            f"{address.repo} --local-dir FOLDER fetches it"
+        )
     if folder.is_file():
         inside = (folder.parent / MANIFEST).is_file()
         advice = f"name {folder.parent}" if inside else "name a folder that secateur prune wrote"

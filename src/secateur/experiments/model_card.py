@@ -5,6 +5,7 @@ Everything in it is from the run's `result.json` and `manifest.json`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -13,12 +14,13 @@ from secateur.config import ENGINE_TITLES, TaskKind
 from secateur.data import SYNTHETIC
 from secateur.experiments.manifest import Manifest
 from secateur.experiments.report.page import count_text
+from secateur.experiments.report.times import HEADS, time_rows
 from secateur.integrations.hub import SCHEME
 from secateur.models import user_code
 from secateur.models.score import Score, metric_text
 from secateur.models.zoo import IN_MEMORY
 from secateur.pipeline.result import RunResult
-from secateur.pipeline.verdict import verdict
+from secateur.pipeline.verdict import EngineTime, slower_notices, verdict
 
 README = "README.md"
 _PIPELINES: dict[TaskKind, str] = {
@@ -39,12 +41,18 @@ _STAGES = {
 
 
 def model_card(
-    repo: str, manifest: Manifest, result: RunResult | None, *, base_model: str | None = None
+    repo: str,
+    manifest: Manifest,
+    result: RunResult | None,
+    times: Sequence[EngineTime] = (),
+    *,
+    base_model: str | None = None,
 ) -> str:
     """Return the card of a run folder's network in Markdown, with the metadata that the Hub reads.
 
     `repo` is the repository, `OWNER/NAME`; `base_model` the one on the Hub that holds the original.
-    Without a `result`, as in a folder that `secateur.save` wrote, there are no figures.
+    `times` are those that were measured in engines after the run. Without a `result`, as in a
+    folder that `secateur.save` wrote, there are no figures of the run.
     """
     metadata = yaml.safe_dump(
         _metadata(repo, result, base_model), sort_keys=False, allow_unicode=True
@@ -54,6 +62,8 @@ def model_card(
         parts.append("A convolutional network that was pruned with secateur.")
     else:
         parts += [f"**{_inline(verdict(result))}.**", _summary(result), _scores(result)]
+    if times:
+        parts.append(_times(times))
     parts.append(_loading(repo, manifest))
     if result is not None:
         parts += [_removed(result), _origin(result), _limits(result)]
@@ -141,10 +151,19 @@ def _scores(result: RunResult) -> str:
     table = "\n".join(f"| {' | '.join(map(_inline, row))} |" for row in rows)
     return (
         f"## Scores\n\n{table}\n\nMeasured on {first.images} test images ({_data_name(result)}). "
-        f"Latency is of {first.latency_batch} images at once in {engine} on "
+        f"Latency is of {first.latency_batch} images at once in {result.engine} on "
         f"{_inline(processor)}: on other machines and in other engines it differs. MACs are "
         "multiply-accumulates for one image."
     )
+
+
+def _times(times: Sequence[EngineTime]) -> str:
+    """Return the table of times in engines, and where the pruned network is slower."""
+    lines = [HEADS, ("---", *["---:"] * (len(HEADS) - 1)), *time_rows(times)]
+    table = "\n".join(f"| {' | '.join(map(_inline, line))} |" for line in lines)
+    processors = ", ".join(sorted({time.processor for time in times}))
+    where = f"Medians of a forward pass on {_inline(processors)}; ratio: original over pruned."
+    return "\n\n".join(["## Times in engines", table, where, *slower_notices(times)])
 
 
 def _figures(score: Score, result: RunResult) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from secateur.experiments.engine_times import read_engine_times
 from secateur.experiments.manifest import HASHED, MANIFEST, read_contents
 from secateur.experiments.model_card import README, model_card
 from secateur.integrations import hub
@@ -46,6 +47,7 @@ def push(
     if result is not None:
         files[RESULT] = (result.model_dump_json(indent=1) + "\n").encode()
     if card:
-        text = model_card(address.repo, contents.manifest, result, base_model=base_model)
+        times = read_engine_times(folder)
+        text = model_card(address.repo, contents.manifest, result, times, base_model=base_model)
         files[README] = text.encode()
     return hub.upload(address, files, message or f"Push {folder.resolve().name}", private=private)

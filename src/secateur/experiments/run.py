@@ -17,9 +17,11 @@ from torch import nn
 
 from secateur.config import RunConfig, from_dict, to_toml
 from secateur.data import DataSet
+from secateur.data.same_classes import compare_classes
 from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
+from secateur.experiments.engine_times import read_engine_times
 from secateur.experiments.manifest import CONFIG, check_run_folder
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
@@ -153,7 +155,7 @@ def finetune(
         own_loss.check_name(config.finetune.loss)
         if config.finetune.epochs == 0:
             raise UsageError("there is nothing to do in 0 epochs: --epochs")
-        dataset, model = load_inputs(config, run_context=run_context)
+        dataset, model = _load_inputs(config, result, run_context)
         if resume and out == folder and _is_finetuned(folder, result, config):
             pruned = _load(folder, model, result)
         else:
@@ -207,12 +209,13 @@ def report(
         statistics = compute_statistics(rows, rows[0].method if rows else "")
     gallery: Gallery | None = None
     if config.report.images:
-        dataset, model = load_inputs(config, run_context=run_context)
+        dataset, model = _load_inputs(config, result, run_context)
         gallery = _gallery(_load(folder, model, result), model, dataset, run_context)
     if not distributed.is_main_process():
         return ()
     if pictures is None:
-        write_report(result, folder / run_folder.REPORT, gallery, statistics)
+        times = read_engine_times(folder)
+        write_report(result, folder / run_folder.REPORT, gallery, statistics, times)
         return (folder / run_folder.REPORT,)
     from secateur.experiments.report.run_charts import run_charts  # takes a second to import
 
@@ -265,13 +268,16 @@ def _begin(
 
 
 def _rewrite(folder: Path, out: Path, pruned: Pruned, *, overwrite: bool) -> None:
-    """Write the run folder `out`, whose log continues that of `folder`; they may be the same."""
+    """Write the run folder `out`, whose log continues that of `folder`; they may be the same.
+
+    Times in engines are kept: training does not change them.
+    """
     with _new_run_folder(out, overwrite=overwrite) as new:
         if new is None:
             return
-        log = folder / run_folder.LOG
-        if log.is_file() and not log.is_symlink():
-            replace_file(new / run_folder.LOG, log.read_bytes())
+        for name in (run_folder.LOG, run_folder.ENGINE_TIMES):
+            if (folder / name).is_file() and not (folder / name).is_symlink():
+                replace_file(new / name, (folder / name).read_bytes())
         origin = origin_of(pruned)
         _write(new, pruned, EventLog(new / run_folder.LOG), origin)
 
@@ -310,9 +316,10 @@ def _write(folder: Path, pruned: Pruned, log: EventLog, origin: Origin) -> None:
     if manifest.no_program is not None:
         log.write("no_program", reason=manifest.no_program)
     replace_file(folder / RESULT, pruned.result.model_dump_json(indent=1) + "\n")
+    times = read_engine_times(folder)
     if pruned.latency is not None:
         replace_file(folder / run_folder.LATENCY, pruned.latency.to_json())
-    write_report(pruned.result, folder / run_folder.REPORT)
+    write_report(pruned.result, folder / run_folder.REPORT, times=times)
     if pruned.is_finished:
         log.write("end")
 
@@ -323,7 +330,8 @@ def _report(
     """Write the report of a finished run, with what its filters respond to."""
     gallery = _gallery(pruned, model, dataset, run_context)
     if distributed.is_main_process():
-        write_report(pruned.result, folder / run_folder.REPORT, gallery)
+        report, times = folder / run_folder.REPORT, read_engine_times(folder)
+        write_report(pruned.result, report, gallery, times=times)
     run_context.lines.end_stage(REPORT_STAGE)
 
 
@@ -366,6 +374,17 @@ def _sections(
         section, _, last = key.partition(".")
         sections[section][last] = name
     return sections
+
+
+def _load_inputs(
+    config: RunConfig, result: RunResult, run_context: RunContext
+) -> tuple[DataSet, nn.Module]:
+    """Load what a run was made from; raises `DataError` if the data have other classes now."""
+    dataset, model = load_inputs(config, run_context=run_context)
+    names = result.class_names
+    expected = dict(enumerate(names))
+    note = compare_classes(config.data.source, dataset.class_names, expected, len(names))
+    return replace(dataset, notes=(*dataset.notes, *filter(None, [note]))), model
 
 
 def _read_unfinished(folder: Path, model: nn.Module, config: RunConfig) -> Pruned:

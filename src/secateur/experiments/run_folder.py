@@ -56,8 +56,9 @@ from secateur.graph.wrappers import unwrapped
 from secateur.integrations import hub
 from secateur.models import published, user_code, zoo
 from secateur.models.examine import logits_of
-from secateur.models.reparameterize import reparameterized
+from secateur.models.reparameterize import reparameterized as fold
 from secateur.models.state_dict import load_state
+from secateur.pipeline.result import RESULT
 from secateur.pruning.apply import apply_plan
 from secateur.pruning.head import cut_head
 from secateur.pruning.plan import PruningPlan
@@ -68,6 +69,8 @@ from secateur.runtime.errors import RunFolderError, TraceError, UsageError
 from secateur.runtime.file_lock import lock_exclusively
 from secateur.runtime.packed_inputs import Inputs, parameters_of, read_inputs
 
+ENGINE_TIMES = "engine_times.json"
+"""See `experiments.engine_times`."""
 REPORT, LOG, LATENCY, CHECKPOINTS = "report.html", "log.jsonl", "latency.json", "checkpoints"
 OWN_FUNCTIONS = "secateur."
 """What the names of secateur's own functions begin with, such as `logits_of`."""
@@ -167,6 +170,7 @@ def save(
     prune_residual: bool = False,
     exclude: tuple[str, ...] = (),
     forward: Forward | None = None,
+    reparameterized: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write a folder from which `load` and `load_program` return `model`.
@@ -176,8 +180,10 @@ def save(
     was built with. `architecture` names the unpruned network as `load_model` takes it
     (`torchvision:resnet50`); without it `load` must be given the network. Of a network with several
     inputs `image_shape` holds the shape of each, `((3, 32, 32), (8,))` or a dict of them. Of
-    `forward` the name is kept: `load` must be given the function. Raises `RunFolderError` if the
-    folder can't be taken (see `new_run_folder`) and `UsageError` if weights are not float32.
+    `forward` the name is kept: `load` must be given the function. Say `reparameterized=True` if you
+    have folded the branches of its blocks before the cut, as `timm.utils.reparameterize_model`
+    does: then `load` folds those of the unpruned network. Raises `RunFolderError` if the folder
+    can't be taken (see `new_run_folder`) and `UsageError` if weights are not float32.
 
     >>> import secateur, tempfile, torch
     >>> model = secateur.load_model("resnet20", num_classes=10, seed=0)
@@ -193,7 +199,14 @@ def save(
     """
     model, folder = unwrapped(model), Path(folder)
     example, inputs = read_inputs(_zeros(image_shape), parameters_of(model, forward))
-    origin = Origin(architecture, tuple(example.shape[1:]), prune_residual, exclude, inputs=inputs)
+    origin = Origin(
+        architecture,
+        tuple(example.shape[1:]),
+        prune_residual,
+        exclude,
+        inputs=inputs,
+        reparameterized=reparameterized,
+    )
     network = with_inputs(with_forward(model, forward or traceable_forward(model)), inputs)
     with lock_exclusively(folder), new_run_folder(folder, overwrite=overwrite) as new:
         write(new, network, plan, origin)
@@ -310,9 +323,9 @@ def load(
     manifest = contents.manifest
     plan = _plan(contents)
     origin = _origin(manifest)
-    model = _unpruned(manifest) if architecture is None else architecture
+    model = unpruned(manifest) if architecture is None else architecture
     if manifest.reparameterized:
-        model = reparameterized(model)
+        model = fold(model)
     if dependencies is None:
         forward = forward or _known_forward(manifest, contents.folder, model)
         try:
@@ -341,6 +354,16 @@ def _read(folder: str | Path) -> Contents:
     return read_contents(Path(folder))
 
 
+def fetched(folder: Path) -> Path:
+    """Return a run folder, or a copy of it if its path is an address on the Hub, `hf://OWNER/NAME`.
+
+    The copy lies in the cache of `huggingface_hub`: nothing is to be written there. Raises
+    `HubError` if it can't be read.
+    """
+    address = hub.address_in(folder)
+    return folder if address is None else hub.download(address, {*HASHED, MANIFEST, RESULT})
+
+
 def _plan(contents: Contents) -> PruningPlan:
     plan = PruningPlan.from_json(_text(contents, PLAN))
     if plan.hash != contents.manifest.plan_hash:
@@ -348,7 +371,11 @@ def _plan(contents: Contents) -> PruningPlan:
     return plan
 
 
-def _unpruned(manifest: Manifest) -> nn.Module:
+def unpruned(manifest: Manifest) -> nn.Module:
+    """Return the unpruned network of a run with untrained weights, as it was before any folding.
+
+    Raises `UsageError` if only the user can build it.
+    """
     if manifest.architecture is None:
         raise UsageError(
             "the run does not name its architecture: pass the unpruned network, or use load_program"

@@ -27,6 +27,17 @@ def check_named(folder: Path, config: RunConfig, named: Collection[str]) -> None
             )
 
 
+def check_original_named(folder: Path, architecture: str | None, name: str | None) -> None:
+    """Raise `UsageError` if the user names another network for a run than the one that it pruned.
+
+    `architecture` is what the run says, and `name` what the user says, if anything. Only what is
+    user code, or was passed from Python, may have another name now.
+    """
+    is_own = architecture is None or user_code.is_user_code(architecture)
+    if name not in (None, architecture) and not is_own:
+        raise UsageError(f"the run in {folder} is of {architecture}: leave --model out")
+
+
 def check_loss_named(folder: Path, config: RunConfig) -> None:
     """Raise `UsageError` if it is code that a run's configuration names as the loss to train with.
 

@@ -49,6 +49,15 @@ def parse_address(text: str) -> HubAddress:
     return HubAddress(repo, revision or None)
 
 
+def address_in(path: Path) -> HubAddress | None:
+    """Return the address that was given where a path is expected; None if it is a path.
+
+    Raises as `parse_address` does.
+    """
+    scheme, *rest = path.parts or ("",)
+    return parse_address(SCHEME + "/".join(rest)) if scheme == SCHEME.rstrip("/") else None
+
+
 def download(address: HubAddress, files: Collection[str]) -> Path:
     """Return a folder with those of the `files` that the repository has; no other is fetched.
 

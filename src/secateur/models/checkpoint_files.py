@@ -93,7 +93,7 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        is_address = str(path).startswith(("http:/", "https:/"))
+        is_address = str(path).startswith(("http:/", "https:/", "hf:/"))
         hint = ": weights are not fetched from the network, so download the file first"
         raise WeightsError(f"no weights file {path}{hint if is_address else ''}")
     try:

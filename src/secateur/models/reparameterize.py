@@ -22,6 +22,9 @@ from secateur.runtime.torch_internals import BatchOrInstanceNorm
 METHODS = ("fuse", "reparameterize", "switch_to_deploy")
 LARGEST_ERROR = 1e-3
 """Relative difference of the outputs above which a network counts as changed by folding."""
+NOTHING_TO_FOLD = (
+    "The network has no blocks to fold, so --reparameterize (model.reparameterize) changed nothing."
+)
 
 
 def reparameterized(model: nn.Module, images: Tensor | None = None) -> nn.Module:

@@ -136,6 +136,11 @@ def _unknown_name(name: str) -> UsageError:
             f"{name} is a file: pass weights with --weights, and the network that they belong to "
             "with --model"
         )
+    if "://" in name:
+        return UsageError(
+            f"{name}: networks to prune are not fetched; a pruned one on the Hub is loaded from "
+            "Python by secateur.load, and scored by secateur evaluate"
+        )
     stem = name.rpartition(":")[2].lower()
     same = [known for known in names() if known.startswith(stem) or known.endswith(f":{stem}")]
     return UnknownName("model", name, names(), same)

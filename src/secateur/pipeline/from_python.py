@@ -25,7 +25,7 @@ from secateur.models.labelled_images import label_images
 from secateur.models.metrics.user_function import NetworkFunction
 from secateur.models.outputs import with_logits
 from secateur.models.plausibility import looks_untrained
-from secateur.models.reparameterize import reparameterized
+from secateur.models.reparameterize import NOTHING_TO_FOLD, reparameterized
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.kept_classes import cut_to_classes
 from secateur.pipeline.run_context import RunContext
@@ -114,8 +114,11 @@ def prepare(
     network = with_inputs(network, calibration.inputs)
     few = calibration.pixels[:FIRST_IMAGES]
     network = working_copy(network, few[:2])
+    notes: tuple[str, ...] = ()
     if config.model.reparameterize:
-        network = reparameterized(network, few[:2])
+        folded = reparameterized(network, few[:2])
+        notes = (NOTHING_TO_FOLD,) if folded is network else ()
+        network = folded
     original = with_logits(network, few, config.model.task)
     run_context = replace(
         _run_context(shows_progress=asked.progress),
@@ -135,6 +138,7 @@ def prepare(
         dataset = describe_synthetic(
             dataset, len(calibration.pixels), is_tested=test_images is not None
         )
+    dataset = replace(dataset, notes=(*dataset.notes, *notes))
     dataset, original = cut_to_classes(dataset, original, config, make_reader(config, run_context))
     return original, dataset, config, run_context
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,9 @@ from secateur.data.batch_reader import BatchReader
 from secateur.data.in_memory import split_images
 from secateur.data.kept_classes import KeptClasses
 from secateur.data.preprocessing import Preprocessing
+from secateur.data.same_classes import compare_classes
 from secateur.data.vocabulary import read_vocabulary
+from secateur.engines.registry import find_engine
 from secateur.graph.build import traceable_forward
 from secateur.graph.forward import with_forward
 from secateur.integrations.image_text import check_image_text_model
@@ -22,7 +25,7 @@ from secateur.models import libraries, user_code, zoo
 from secateur.models.labelled_images import label_images
 from secateur.models.metrics import by_name as metrics
 from secateur.models.outputs import through_logits
-from secateur.models.reparameterize import reparameterized
+from secateur.models.reparameterize import NOTHING_TO_FOLD, reparameterized
 from secateur.pipeline.input_fit import fit_channels
 from secateur.pipeline.kept_classes import cut_to_classes
 from secateur.pipeline.run_context import RunContext
@@ -44,7 +47,7 @@ WHOLE: dict[str, Fit] = {"masks": "stretch", "objects": "letterbox"}
 
 
 def check_names(config: RunConfig) -> None:
-    """Raise `UsageError` if the network, metric, criterion, concepts or loss do not exist.
+    """Raise `UsageError` if the network, engine, criterion or another thing does not exist.
 
     Likewise the image–text model and the vocabulary (`DataError`) that are to name filters.
     """
@@ -57,6 +60,7 @@ def check_names(config: RunConfig) -> None:
     criteria.check_name(config.score.criterion)
     concepts.parse(config.score.concepts)
     own_loss.check_name(config.finetune.loss)
+    find_engine(config.plan.engine)  # its package may be missing
     if config.report.naming_model is not None:
         check_image_text_model(config.report.naming_model)
         read_vocabulary(config.report.vocabulary)
@@ -107,7 +111,9 @@ def load_inputs(
         notify=notes.append,
     ).to(device)
     if config.model.reparameterize:
-        model = reparameterized(model, _noise(model, config))
+        folded = reparameterized(model, _noise(model, config))
+        notes += [NOTHING_TO_FOLD] if folded is model else []
+        model = folded
     if config.model.forward is not None:
         model = with_forward(model, user_code.find(config.model.forward, "function"))
     elif zoo.may_return_more(config.model.name):
@@ -136,22 +142,32 @@ def _cut_to_classes(
 
 
 def load_data(
-    config: RunConfig, model: nn.Module | None = None, kept: KeptClasses | None = None
+    config: RunConfig,
+    model: nn.Module,
+    class_names: Sequence[str] = (),
+    kept: KeptClasses | None = None,
 ) -> DataSet:
-    """Load the data set that a configuration names; raises `SecateurError`.
+    """Load the data set that a configuration names, to score a pruned network on it.
 
-    One that a function of the user's returns is read as `model` takes it. If the network has only
-    the classes `kept`, so has the data set.
+    One that a function of the user's returns is read as `model` takes it. `class_names` are those
+    of the network, if they are known; see `compare_classes`. If it has only the classes `kept`, so
+    has the data set. Raises `SecateurError`.
     """
     source = config.data.source
-    if model is not None and user_code.is_user_code(source):
+    if user_code.is_user_code(source):
         dataset, _ = read_user_data(call_loader(source), model, config, kept)
-        return dataset if kept is None else dataset.of_classes(kept)
-    if is_synthetic(config):
+    elif is_synthetic(config):
         raise UsageError(
             "synthesised images can't tell how good a network is: name real ones, --data folder:DIR"
         )
-    dataset = _load_named(config)
+    else:
+        dataset = _load_named(config)
+    numbers = range(len(class_names)) if kept is None else kept.numbers
+    expected = dict(zip(numbers, class_names, strict=False))
+    of = len(class_names) if kept is None else kept.of
+    note = compare_classes(source, dataset.class_names, expected, of)
+    if note:
+        dataset = replace(dataset, notes=(*dataset.notes, note))
     return dataset if kept is None else dataset.of_classes(kept)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from secateur.config import RunConfig
 from secateur.data import DataSet
+from secateur.engines.registry import find_engine
 from secateur.graph.dependency import DependencyGraph
 from secateur.graph.factorisation import form_of, shapes_of_factors
 from secateur.graph.module_state import device_of
@@ -160,6 +161,7 @@ def _collect(
         command=this.run_context.command,
         config=this.config,
         environment=environment(device_of(this.network)),
+        engine_version=find_engine(this.config.plan.engine).version,
         class_names=this.dataset.class_names,
         kept_classes=this.dataset.kept,
         plan_hash=plan.hash,

@@ -137,6 +137,8 @@ class RunResult(Record):
     """The command line, if there was one."""
     config: RunConfig
     environment: Environment
+    engine_version: str = ""
+    """Of what latency was measured in; empty in the results of versions that did not record it."""
     class_names: tuple[str, ...]
     kept_classes: KeptClasses | None = None
     """The classes that the head was cut to; None: all."""
@@ -201,6 +203,11 @@ class RunResult(Record):
         if self.dropped:
             texts.append(f"{_number_of(len(self.dropped), 'residual branch', 'es')} dropped")
         return ", ".join(texts)
+
+    @property
+    def engine(self) -> str:
+        """What latency was measured in, with its version."""
+        return f"{ENGINE_TITLES[self.config.plan.engine]} {self.engine_version}".rstrip()
 
     @property
     def concept_sources(self) -> str:

@@ -36,6 +36,7 @@ from secateur.pruning.plan_inputs import CalibrationImages, PlanInputs, make_pla
 from secateur.pruning.refit.refit_and_check import RefitImages
 from secateur.runtime import distributed
 from secateur.runtime.memory import free_bytes
+from secateur.runtime.progress import ProgressCallback, no_progress
 from secateur.scoring import concepts
 from secateur.scoring.concepts import ConceptSource
 from secateur.scoring.criteria import Criterion, make_criterion
@@ -77,6 +78,21 @@ class ScoringContext:
             self.example,
             self.task,
             self.memory_bytes,
+        )
+
+    def make_plan_inputs(
+        self, model: nn.Module, config: RunConfig, progress: ProgressCallback = no_progress
+    ) -> dict[str, PlanInputs]:
+        """Score the filters of `model` by each criterion, and return what plans follow from."""
+        return make_plan_inputs(
+            model,
+            self.dependencies,
+            self.plan_images,
+            self.criteria,
+            self.source,
+            config.score,
+            config.plan,
+            progress=progress,
         )
 
     @property
@@ -263,16 +279,7 @@ def make_baseline(
         before = StageResult(stage="before", round=1, score=score, seconds=0.0)
         run_context.end_stage(before, context.task)
     since = time.perf_counter()
-    plan_inputs = make_plan_inputs(
-        model,
-        context.dependencies,
-        context.plan_images,
-        context.criteria,
-        context.source,
-        config.score,
-        config.plan,
-        progress=run_context.progress,
-    )
+    plan_inputs = context.make_plan_inputs(model, config, run_context.progress)
     multiples = plan_inputs[names[0]].engine_multiples
     if multiples is not None:
         notes = (*notes, f"in {ENGINE_TITLES[config.plan.engine]}, {multiples}")

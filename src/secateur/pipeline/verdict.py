@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 from scipy.stats import binomtest
 
-from secateur.config import ENGINE_TITLES
+from secateur.config import ENGINE_TITLES, EngineName
 from secateur.models.score import Score, metric_text
 from secateur.pipeline.result import RunResult
+from secateur.runtime.schema import VersionedRecord
+
+
+class EngineTime(VersionedRecord):
+    """Median times of a forward pass of both networks in an engine, measured interleaved."""
+
+    engine: EngineName
+    version: str
+    form: Literal["float32", "int8"]
+    batch: int
+    pruned_ms: float
+    original_ms: float | None
+    """None if the original network was not at hand."""
+    threads: int
+    processor: str
+
+    @property
+    def kind(self) -> tuple[str | int, ...]:
+        """What tells it from other times: of equal ones the latest counts."""
+        return self.engine, self.version, self.form, self.batch, self.threads, self.processor
+
 
 LEVEL = 0.05
 """Probability below which a difference counts as significant."""
@@ -53,6 +77,30 @@ def verdict(result: RunResult, *, engine: str | None = None, speed_up: float | N
     facts.append(_accuracy(result))
     advice = _advice(result, speed_up) if is_smaller else _advice_on_target(result)
     return f"{', '.join(facts)}; {advice}" if advice else ", ".join(facts)
+
+
+def slower_notices(times: Iterable[EngineTime]) -> tuple[str, ...]:
+    """Return what to do where the pruned network takes longer than the original, by engine.
+
+    Differences of `SAME_LATENCY` don't count.
+    """
+    slower: dict[tuple[EngineName, str], list[str]] = {}
+    for time in times:
+        original_ms, pruned_ms = time.original_ms, time.pruned_ms
+        if original_ms is not None and _is_slower(original_ms / pruned_ms):
+            images = "1 image" if time.batch == 1 else f"{time.batch} images"
+            figures = f"{images}: {original_ms:.2f} → {pruned_ms:.2f} ms"
+            slower.setdefault((time.engine, time.form), []).append(figures)
+    return tuple(
+        f"In {ENGINE_TITLES[engine]}{' in int8' if form == 'int8' else ''} the pruned network is "
+        f"slower than the original ({'; '.join(figures)}). Deploy the original there, or prune in "
+        f"whole blocks of channels, --round-to 16, or by time, --target latency=F{_option(engine)}."
+        for (engine, form), figures in slower.items()
+    )
+
+
+def _option(engine: EngineName) -> str:
+    return "" if engine == "pytorch" else f" --engine {engine}"
 
 
 def _size(before: Score, after: Score, *, is_timed: bool) -> str:
@@ -126,12 +174,13 @@ def _advice(result: RunResult, speed_up: float | None) -> str:
     """Return what to do about a loss, and about a network that is slower than before."""
     advice = [_advice_on_accuracy(result)]
     if speed_up is not None and _is_slower(speed_up):
-        plans_by_time = result.config.plan.target.startswith("latency")
-        advice.append(
-            "time the engine that will run it (secateur export)"
-            if plans_by_time
-            else "plan by time (--target latency=F) or in whole blocks (--round-to 16)"
-        )
+        plan = result.config.plan
+        if plan.target.startswith("latency"):
+            advice.append("time the engine that will run it (secateur export)")
+        else:
+            has_blocks = plan.round_to is not None and plan.round_to % 16 == 0
+            blocks = "" if has_blocks else " or in whole blocks (--round-to 16)"
+            advice.append(f"plan by time (--target latency=F{_option(plan.engine)}){blocks}")
     return "; ".join(text for text in advice if text)
 
 

@@ -13,19 +13,16 @@ from secateur.config import FormatName, RunConfig
 from secateur.runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from secateur.experiments.manifest import Manifest
     from secateur.experiments.onnx_export import ExportResult
     from secateur.experiments.other_formats import FormatResult
 
-KEYS = (options.SOURCE, options.SKIP_UNREADABLE)
+KEYS = (options.MODEL, options.FORWARD, options.SOURCE, options.SKIP_UNREADABLE)
 FORMAT_NAMES = get_args(FormatName)
 
 
 def export(
     config_options: ConfigOptions,
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(help=options.RUN_OR_ADDRESS)],
     *,
     out: Annotated[
         Path | None,
@@ -58,33 +55,35 @@ def export(
 ) -> None:
     """Export the pruned network of a run folder to ONNX, compare the outputs and time both.
 
-    The original is timed with untrained weights, which take as long. Code of your own is not run:
-    a network of yours is timed only as pruned. Needs the extra: pip install 'secateur\\[export]'
+    The original is timed with untrained weights, which take as long. Code of your own is run only
+    if you name it with --model or --forward: without it a network of yours is timed as pruned
+    alone. Needs the extra: pip install 'secateur\\[export]'
     """
     import torch
 
     from secateur.cli import output
+    from secateur.experiments.engine_times import exported_times, keep_engine_times
     from secateur.experiments.int8_export import QUANTISERS, export_int8, int8_path
-    from secateur.experiments.manifest import CONFIG, read_manifest
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
+    from secateur.experiments.original import untrained_original
     from secateur.experiments.other_formats import FORMATS, export_as
-    from secateur.experiments.run_folder import load_pruned, read_origin
-    from secateur.experiments.user_code_keys import check_named
+    from secateur.experiments.run_folder import fetched, load_pruned, read_origin
     from secateur.graph.forward import with_inputs
+    from secateur.pipeline.verdict import slower_notices
 
     is_onnx, suffix = file_format == "onnx", _suffix(file_format, int8=int8, opset=opset)
+    folder, run = run, fetched(run)
+    if run != folder and out is None:
+        raise UsageError("name the file with --out: a repository on the Hub is not written to")
     path = out or run / f"model{suffix}"
-    if is_onnx:
-        check_free(path, overwrite=overwrite)
+    for file in (*[path] * is_onnx, *[int8_path(path)] * int8):
+        check_free(file, overwrite=overwrite)
     network, origin = load_pruned(run), read_origin(run)
-    config = None
-    if int8:
-        check_free(int8_path(path), overwrite=overwrite)
-        config = config_options.make(RunConfig, base=run / CONFIG)
-        check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
-    original = _untrained_original(read_manifest(run))
-    if original is not None:
-        original = with_inputs(original, origin.inputs)
+    config = _int8_config(config_options, run, int8=int8)
+    named = config_options.changes()
+    code = named.get("model.name"), named.get("model.forward")
+    is_timed = latency and (is_onnx or int8)
+    original, reason = untrained_original(run, *code) if is_timed else (None, "")
     example = torch.zeros(2, *origin.image_shape)
     packed = with_inputs(network, origin.inputs)
     result: ExportResult | FormatResult
@@ -96,23 +95,30 @@ def export(
     times = compare_latency(packed, path, original, example) if latency and is_onnx else ()
     quantised = None
     if config is not None:
-        quantised = export_int8(
-            *(QUANTISERS[file_format], packed, path, config, output.run_context()),
-            original=original,
-            kept=origin.kept_classes,
-            is_timed=latency,
-        )
-    output.show_export(result, times, quantised, as_json=as_json)
+        arguments = run, QUANTISERS[file_format], packed, path, config, output.run_context()
+        quantised = export_int8(*arguments, original=original, is_timed=latency)
+    measured = exported_times(times, quantised)
+    notes = (*slower_notices(measured), *keep_engine_times(run, folder, measured))
+    if reason:
+        notes = (f"The original network is not timed: {reason}.", *notes)
+    output.show_export(result, times, quantised, notes, as_json=as_json)
 
 
-def _untrained_original(manifest: Manifest) -> nn.Module | None:
-    """Return the network before the cut, with arbitrary weights; None if it is code of the user."""
-    from secateur.models import user_code, zoo
+def _int8_config(config_options: ConfigOptions, run: Path, *, int8: bool) -> RunConfig | None:
+    """Return the run's configuration with the data where they are now; None without `int8`.
 
-    name = manifest.architecture
-    if name is None or user_code.is_user_code(name) or manifest.forward is not None:
+    Raises `UsageError` if they are code that the user has not named, or without use.
+    """
+    from secateur.experiments.manifest import CONFIG
+    from secateur.experiments.user_code_keys import check_named
+
+    if not int8:
+        if "data.source" in config_options.changes():
+            raise UsageError("--data is for --int8, which measures ranges and accuracy on images")
         return None
-    return zoo.load(name, num_classes=manifest.num_classes)
+    config = config_options.make(RunConfig, base=run / CONFIG)
+    check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
+    return config
 
 
 def _suffix(name: str, *, int8: bool, opset: int | None) -> str:

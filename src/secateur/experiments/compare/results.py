@@ -38,6 +38,8 @@ class Row(JobRecord):
     parameters_left: float | None = None
     latency_left: float | None = None
     """May be measured while other jobs run on the same machine."""
+    engine: str | None = None
+    """What latency was measured in, with its version; None in the rows of older versions."""
     best_epoch: int | None = None
     """The epoch with the highest accuracy on the validation images."""
     best_epoch_top1_fraction: float | None = None
@@ -86,6 +88,7 @@ def row_of(job: JobResult) -> Row:
         macs_left=last.macs / before.macs,
         parameters_left=last.parameters / before.parameters,
         latency_left=last.latency_ms / before.latency_ms,
+        engine=result.engine,
         equivalence_error=result.equivalence_error,
         seconds=round(sum(stage.seconds for stage in result.stages), 1),
         plan_hash=result.plan_hash,

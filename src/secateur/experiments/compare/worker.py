@@ -86,3 +86,5 @@ def _is_timed(job: Job) -> bool:
 
 if __name__ == "__main__":
     main()
+    sys.stderr.flush()
+    os._exit(0)  # at the interpreter's own end a process that has used OpenVINO may wait for ever

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import statistics
@@ -25,11 +26,14 @@ from secateur.experiments.compare.statistics import (
 from secateur.experiments.report.benchmark_summary import benchmark_verdict, protocol
 from secateur.experiments.report.html import read_script, render
 from secateur.pipeline.result import Stage
+from secateur.pipeline.verdict import SAME_LATENCY
 from secateur.runtime.atomic_io import make_inner_folder, replace_file
 
 ROWS, CSV, MARKDOWN, PAGE = "jobs.jsonl", "jobs.csv", "benchmark.md", "benchmark.html"
 LATEX = "benchmark.tex"
 CHARTS = "charts"
+MOST_SLOWER = 4
+"""Networks that are listed as slower than before."""
 SIZES = ("macs", "parameters", "latency")
 IN_LATEX = {
     **{letter: f"\\{letter}" for letter in "&%$#_{}"},
@@ -244,13 +248,34 @@ def size_table(stats: BenchmarkStatistics) -> TextTable:
             ]
             texts.append(" / ".join(f"{fraction:.3f}" for fraction in fractions) or "–")
         lines.append((method, *texts))
+    engines = sorted({row.engine for row in stats.all_rows if row.engine})
+    measured_in = f" in {' or '.join(engines)}" if engines else ""
     note = (
-        "Remaining fraction of MACs / parameters / latency, means over seeds. Latency is measured "
-        "with batches of 16, interleaved with the original network; it is approximate if other "
-        "jobs ran at the same time."
+        "Remaining fraction of MACs / parameters / latency, means over seeds. Latency is measured"
+        f"{measured_in} with batches of at most 16, interleaved with the original network; it is "
+        f"approximate if other jobs ran at the same time.{_slower_text(stats)}"
     )
     heads = ("method", *map(_heading, stats.settings))
     return TextTable("Remaining size", heads, tuple(lines), note)
+
+
+def _slower_text(stats: BenchmarkStatistics) -> str:
+    """Return which networks are slower than before pruning, and what to do; or nothing."""
+    slower = []
+    for method, setting in itertools.product(stats.methods, stats.settings):
+        rows = stats.rows.get((method, setting), {}).values()
+        fractions = [row.latency_left for row in rows if row.latency_left is not None]
+        left = statistics.mean(fractions) if fractions else 0.0
+        if left > 1 + SAME_LATENCY:
+            slower.append(f"{_heading(setting)} by {method} ({left:.2f})")
+    if not slower:
+        return ""
+    named = ", ".join(slower[:MOST_SLOWER])
+    more = f" and {len(slower) - MOST_SLOWER} more" if len(slower) > MOST_SLOWER else ""
+    return (
+        f" Slower than before pruning: {named}{more}. Set plan.round_to = 16, or plan by time, "
+        'targets = ["latency=0.7"].'
+    )
 
 
 def failure_table(failures: Iterable[Row]) -> TextTable:

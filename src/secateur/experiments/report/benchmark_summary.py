@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from secateur.config import ENGINE_TITLES
 from secateur.experiments.compare.spec import BenchmarkSpec
 from secateur.experiments.compare.statistics import BenchmarkStatistics, Difference
 
@@ -76,7 +77,7 @@ def protocol(spec: BenchmarkSpec) -> str:
         f"{' × '.join(axes)}, on {spec.data.source} with {spec.data.calibration_images} "
         f"calibration images. Every method runs the same steps: {', '.join(steps)}.{changes} "
         f"Accuracy is that after the last step, on the {spec.score_on} images; methods are "
-        "paired by seed."
+        f"paired by seed. Latency is that in {ENGINE_TITLES[spec.plan.engine]}."
     )
 
 

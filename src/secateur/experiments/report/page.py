@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from markupsafe import Markup
 
+from secateur.config import ENGINE_TITLES
 from secateur.experiments.compare.statistics import BenchmarkStatistics
 from secateur.experiments.report.gallery import Gallery, to_json
 from secateur.experiments.report.html import read_script, render
 from secateur.experiments.report.layers import concept_map, layer_rows
 from secateur.experiments.report.sensitivity_chart import make_sensitivity_chart
 from secateur.experiments.report.stage_chart import make_stage_chart
+from secateur.experiments.report.times import times_section
 from secateur.models.score import Score, change_text, metric_text
 from secateur.pipeline.result import RunResult
-from secateur.pipeline.verdict import verdict
+from secateur.pipeline.verdict import EngineTime, verdict
 from secateur.pruning.outcome import BatchNormRecalibration
 from secateur.runtime.atomic_io import replace_file
 
@@ -29,6 +32,7 @@ def write_report(
     path: Path,
     gallery: Gallery | None = None,
     beside: BenchmarkStatistics | None = None,
+    times: Sequence[EngineTime] = (),
 ) -> None:
     """Write the report of a run; the file is replaced atomically.
 
@@ -37,19 +41,23 @@ def write_report(
         path: The HTML file.
         gallery: What the filters respond to; None leaves it out.
         beside: A benchmark whose methods are drawn in the chart of accuracy against MACs.
+        times: What was measured in engines after the run.
 
     Raises:
         WriteError: The file can't be written.
     """
     removed = {group.name: len(group.removed) for group in result.groups}
     recalibration = result.batchnorm_recalibration
+    rows = score_rows(result)
     page = render(
         "report.html.j2",
         result=result,
         verdict=verdict(result),
         metric=partial(metric_text, unit=result.task.metric_unit),
         cards=_cards(result),
-        rows=score_rows(result),
+        heads=list(rows[0]),
+        figures=[list(row.values()) for row in rows],
+        times=times_section(times),
         stage_chart=make_stage_chart(result),
         tradeoff=_tradeoff(result, beside),
         layers=layer_rows(result, gallery),
@@ -184,7 +192,7 @@ def _cards(result: RunResult) -> list[Card]:
             last.parameters / first.parameters,
         ),
         card(
-            "Latency",
+            f"Latency in {ENGINE_TITLES[result.config.plan.engine]}",
             f"{first.latency_ms:.1f} ms",
             f"{last.latency_ms:.1f} ms",
             last.latency_ms / first.latency_ms,
