@@ -10,7 +10,6 @@ import torch
 
 from secateur.config import EngineName
 from secateur.experiments.manifest import read_manifest
-from secateur.experiments.onnx_export import Latency
 from secateur.experiments.report.times import write_times
 from secateur.experiments.run_folder import ENGINE_TIMES, REPORT
 from secateur.pipeline.verdict import EngineTime
@@ -22,7 +21,7 @@ from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
 from secateur.runtime.schema import VersionedRecord, parse_record
 
 if TYPE_CHECKING:  # it imports this module, by way of `evaluate`
-    from secateur.experiments.int8_export import Int8Result
+    pass
 
 SCHEMA_VERSION = 1
 
@@ -58,19 +57,6 @@ def engine_time(
         threads=torch.get_num_threads(),
         processor=machine.accelerator or machine.processor,
     )
-
-
-def exported_times(latencies: Sequence[Latency], quantised: Int8Result | None) -> list[EngineTime]:
-    """Return the times of exported files, of float and of int8."""
-    times = [
-        engine_time(one.engine, one.batch, one.pruned_ms, one.original_ms) for one in latencies
-    ]
-    if quantised is None:
-        return times
-    for one in quantised.latency:
-        both_ms = one.int8_ms, one.original_int8_ms
-        times.append(engine_time(quantised.engine, one.batch, *both_ms, form="int8"))
-    return times
 
 
 def read_engine_times(folder: Path) -> tuple[EngineTime, ...]:

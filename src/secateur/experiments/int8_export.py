@@ -25,8 +25,9 @@ from secateur.engines.openvino import load_openvino
 from secateur.engines.output_structure import Structure, put_together
 from secateur.engines.quantised_file import quantise_file
 from secateur.engines.quantised_openvino import quantise_openvino
+from secateur.experiments.engine_times import engine_time
 from secateur.experiments.evaluate import load_data_for, task_and_metric
-from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS
+from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS, Latency
 from secateur.experiments.other_formats import write_openvino
 from secateur.graph.forward import inputs_of, with_inputs
 from secateur.models.evaluate import evaluate
@@ -34,6 +35,7 @@ from secateur.models.score import Score
 from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
+from secateur.pipeline.verdict import EngineTime
 from secateur.runtime.timing import interleaved_medians, repeat_to_batch
 
 CALIBRATION_IMAGES = 256
@@ -131,6 +133,19 @@ QUANTISERS: dict[str, Quantiser] = {
 def int8_path(file: Path) -> Path:
     """Return where the int8 form of a file is written."""
     return file.with_suffix(f".int8{file.suffix}")
+
+
+def exported_times(latencies: Sequence[Latency], quantised: Int8Result | None) -> list[EngineTime]:
+    """Return the times of exported files, of float and of int8."""
+    times = [
+        engine_time(one.engine, one.batch, one.pruned_ms, one.original_ms) for one in latencies
+    ]
+    if quantised is None:
+        return times
+    for one in quantised.latency:
+        both_ms = one.int8_ms, one.original_int8_ms
+        times.append(engine_time(quantised.engine, one.batch, *both_ms, form="int8"))
+    return times
 
 
 def export_int8(

@@ -62,8 +62,8 @@ def export(
     import torch
 
     from secateur.cli import output
-    from secateur.experiments.engine_times import exported_times, keep_engine_times
-    from secateur.experiments.int8_export import QUANTISERS, export_int8, int8_path
+    from secateur.experiments.engine_times import keep_engine_times
+    from secateur.experiments.int8_export import QUANTISERS, export_int8, exported_times, int8_path
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
     from secateur.experiments.original import untrained_original
     from secateur.experiments.other_formats import FORMATS, export_as
@@ -80,9 +80,8 @@ def export(
         check_free(file, overwrite=overwrite)
     network, origin = load_pruned(run), read_origin(run)
     config = _int8_config(config_options, run, int8=int8)
-    named = config_options.changes()
-    code = named.get("model.name"), named.get("model.forward")
-    is_timed = latency and (is_onnx or int8)
+    named, is_timed = config_options.changes(), latency and (is_onnx or int8)
+    code = named.get(options.MODEL.path), named.get(options.FORWARD.path)
     original, reason = untrained_original(run, *code) if is_timed else (None, "")
     example = torch.zeros(2, *origin.image_shape)
     packed = with_inputs(network, origin.inputs)
@@ -98,9 +97,8 @@ def export(
         arguments = run, QUANTISERS[file_format], packed, path, config, output.run_context()
         quantised = export_int8(*arguments, original=original, is_timed=latency)
     measured = exported_times(times, quantised)
-    notes = (*slower_notices(measured), *keep_engine_times(run, folder, measured))
-    if reason:
-        notes = (f"The original network is not timed: {reason}.", *notes)
+    notes = [f"The original network is not timed: {reason}."] if reason else []
+    notes += [*slower_notices(measured), *keep_engine_times(run, folder, measured)]
     output.show_export(result, times, quantised, notes, as_json=as_json)
 
 

@@ -126,7 +126,8 @@ def _random_combination(
         return (reading * (noise - 0.5).sign()).sum()
     likelihood = F.log_softmax(reading, dim=-1)
     tiny = torch.finfo(noise.dtype).tiny
-    gumbel = -noise.clamp_min(tiny).log().clamp_min(tiny).neg().log()  # Gumbel-max draws a label
+    exponential = noise.clamp_min(tiny).log().neg().clamp_min(tiny)
+    gumbel = exponential.log().neg()  # the Gumbel-max trick draws a label
     labels = (likelihood.detach() + gumbel).argmax(-1, keepdim=True)
     return likelihood.gather(-1, labels).sum()
 
