@@ -13,7 +13,12 @@ from secateur.engines.multiples import BLOCK, EngineMultiples, measure_multiples
 from secateur.engines.pytorch import PyTorch
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.layer_calls import Key, LayerCall
-from secateur.pruning.multiples import Multiples, concatenated_groups, default_multiples
+from secateur.pruning.multiples import (
+    Multiples,
+    concatenated_groups,
+    default_multiples,
+    groups_in_blocks,
+)
 from secateur.pruning.plan import Allocation, make_plan
 
 IMAGES = torch.rand(2, 3, 8, 8)
@@ -70,6 +75,24 @@ def test_concatenated_groups_keep_whole_blocks_of_16_by_default() -> None:
     assert any(kept[name] % 16 for name in ("stem", "head"))
 
 
+def test_wide_groups_keep_whole_blocks_by_default() -> None:
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 128, 1), nn.ReLU(), nn.Conv2d(128, 120, 1), nn.ReLU()),
+        *(nn.Conv2d(120, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ).eval()
+    dependencies = build_dependency_graph(network, IMAGES)
+    assert groups_in_blocks(dependencies) == {"0"}
+    scores = {"0": torch.arange(128).float(), "2": torch.arange(120).float()}
+    plan = make_plan(
+        *(scores, dependencies, Budget("macs", 0.7), "own"),
+        allocation=Allocation("uniform"),
+        round_to=None,
+    )
+    assert len(plan.removed["0"]) % 16 == 0
+    assert (120 - len(plan.removed["2"])) % 4 == 0
+    assert (120 - len(plan.removed["2"])) % 16
+
+
 def test_a_multiple_that_is_asked_for_holds_for_all_groups() -> None:
     kept = joined_plan(4)
     assert all(count % 4 == 0 for count in kept.values())
@@ -77,7 +100,7 @@ def test_a_multiple_that_is_asked_for_holds_for_all_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine_multiple", "has_concatenated", "expected"),
+    ("engine_multiple", "has_blocks", "expected"),
     [
         (1, False, (Multiples(4, 4), Multiples(2, 2), Multiples(1, 1))),
         (1, True, (Multiples(4, 16), Multiples(4, 4), Multiples(2, 2), Multiples(1, 1))),
@@ -93,9 +116,9 @@ def test_a_multiple_that_is_asked_for_holds_for_all_groups() -> None:
     ],
 )
 def test_multiples_that_an_engine_needs_come_first(
-    engine_multiple: int, has_concatenated: bool, expected: tuple[Multiples, ...]
+    engine_multiple: int, has_blocks: bool, expected: tuple[Multiples, ...]
 ) -> None:
-    assert default_multiples(engine_multiple, has_concatenated=has_concatenated) == expected
+    assert default_multiples(engine_multiple, has_blocks=has_blocks) == expected
 
 
 class Blocked(PyTorch):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph
+from secateur.graph.groups import Group
 from secateur.graph.network_graph import argument
 
 
@@ -14,26 +18,25 @@ class Multiples(NamedTuple):
 
     general: int
     """Of groups in general."""
-    concatenated: int
-    """Of groups whose feature maps are concatenated."""
-
-    def of(self, name: str, concatenated: frozenset[str]) -> int:
-        """Return the multiple for a group, given the names of those that are concatenated."""
-        return self.concatenated if name in concatenated else self.general
+    in_blocks: int
+    """Of groups that are cut by whole blocks (`groups_in_blocks`)."""
 
 
 FREE = Multiples(1, 1)
+WIDE = 128
+"""Channels of a group from which on whole blocks are fine enough: an eighth of it at most."""
 DEFAULT_MULTIPLES = (Multiples(4, 16), Multiples(4, 4), Multiples(2, 2), FREE)
 """Of these, the first is taken that brings a plan near enough to its budget.
 
 onnxruntime's convolutions leave their blocked layout, and take up to twice as long, or eight times
 if they are depthwise, where the number of channels that they read is no multiple of 4. Feature maps
-are concatenated in that layout, in blocks of 16 channels, only if each of them fills its blocks
-(onnxruntime 1.32 with AVX-512, `MlasNchwc`; docs/explanation/widths.md has the times).
+are concatenated in that layout, in blocks of 16 channels, only if each of them fills its blocks.
+Part of a block takes as long as a whole one (onnxruntime 1.32 with AVX-512, `MlasNchwc`;
+docs/explanation/widths.md has the times).
 """
 
 
-def default_multiples(engine_multiple: int, *, has_concatenated: bool) -> tuple[Multiples, ...]:
+def default_multiples(engine_multiple: int, *, has_blocks: bool) -> tuple[Multiples, ...]:
     """Return the multiples to try, the coarsest first.
 
     Convolutions of the engine that will run the network need to read a multiple of
@@ -47,9 +50,26 @@ def default_multiples(engine_multiple: int, *, has_concatenated: bool) -> tuple[
         dict.fromkeys(
             multiples
             for multiples in (*needed, *DEFAULT_MULTIPLES)
-            if has_concatenated or multiples.general == multiples.concatenated
+            if has_blocks or multiples.general == multiples.in_blocks
         )
     )
+
+
+def filters_of(dependencies: DependencyGraph, group: Group) -> npt.NDArray[np.int64]:
+    """Return `[channel]`: how many filters of the group's first layer each channel is."""
+    produced = dependencies.channel_of[group.layers[0].produced]
+    counts = np.bincount(produced[produced >= 0], minlength=len(dependencies.channel_of))
+    return counts[group.channels]
+
+
+def groups_in_blocks(dependencies: DependencyGraph) -> frozenset[str]:
+    """Return the groups that are wide, or whose feature maps are concatenated."""
+    wide = {
+        name
+        for name, group in dependencies.groups.items()
+        if filters_of(dependencies, group).sum() >= WIDE
+    }
+    return concatenated_groups(dependencies) | wide
 
 
 def concatenated_groups(dependencies: DependencyGraph) -> frozenset[str]:

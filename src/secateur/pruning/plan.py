@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from secateur.config import AllocationRule, Budget, parse_budget
@@ -35,8 +34,9 @@ from secateur.pruning.cost.quantities import count_quantity, crowding_of
 from secateur.pruning.multiples import (
     FREE,
     Multiples,
-    concatenated_groups,
     default_multiples,
+    filters_of,
+    groups_in_blocks,
 )
 from secateur.pruning.ranking import Ranking, rank
 from secateur.runtime.errors import RunFolderError, TargetError, UsageError
@@ -178,7 +178,7 @@ def make_plan(  # public: one keyword for each thing that a user may set
     ordered = {n: scores[n][ranking.order[n]].tolist() for n in dependencies.groups}
     is_free = round_to is None and allocation.rule != "shares"
     choices = (
-        default_multiples(engine_multiple, has_concatenated=bool(concatenated_groups(dependencies)))
+        default_multiples(engine_multiple, has_blocks=bool(groups_in_blocks(dependencies)))
         if is_free
         else (Multiples(round_to or 1, round_to or 1),)
     )
@@ -258,14 +258,14 @@ def make_space(
     allocation = allocation or Allocation()
     measure = count_quantity(dependencies, target.quantity, latency)
     pressure = crowding_of(dependencies, target.quantity)
-    concatenated = concatenated_groups(dependencies)
-    steps = {
-        name: _steps(
-            *(dependencies, name, channels, multiples.of(name, concatenated)),
-            max(min_filters, ranking.least[name]),
-        )
-        for name, channels in ranking.order.items()
-    }
+    in_blocks = groups_in_blocks(dependencies)
+
+    def steps_of(name: str) -> list[int]:
+        multiple = multiples.in_blocks if name in in_blocks else multiples.general
+        least = max(min_filters, ranking.least[name])
+        return _steps(dependencies, name, ranking.order[name], multiple, least)
+
+    steps: dict[str, list[int]] = {name: steps_of(name) for name in ranking.order}
     if allocation.keeps_channels:
         steps = {name: allowed[-1:] for name, allowed in steps.items()}
     limit = target.fraction_left * measure({})
@@ -339,11 +339,7 @@ def _steps(
     dependencies: DependencyGraph, name: str, order: Sequence[int], multiple: int, least: int
 ) -> list[int]:
     """Return how many channels of a group may stay, in rising order."""
-    group = dependencies.groups[name]
-    produced = dependencies.channel_of[group.layers[0].produced]
-    filters = np.bincount(produced[produced >= 0], minlength=len(dependencies.channel_of))[
-        group.channels
-    ]
+    filters = filters_of(dependencies, dependencies.groups[name])
     widths = itertools.accumulate(int(filters[number]) for number in order)
     allowed = [
         count
