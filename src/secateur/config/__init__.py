@@ -194,9 +194,9 @@ class PlanSection(Section):
     exclude: tuple[str, ...] = ()
     """Layers that keep all filters, by name pattern (`layer1.*`)."""
     round_to: int | None = Field(default=None, ge=1)
-    """Keep a multiple of this many filters per layer, or all of them. By default 4, and 16 where
-    feature maps are concatenated, which keeps onnxruntime fast, or what the `engine` needs; less
-    where the target is out of reach otherwise. 16 everywhere is faster still on most hardware."""
+    """Keep a multiple of this many filters per layer, or all of them. By default 4, and 16 in
+    layers of 128 or more and where feature maps are concatenated, which keeps onnxruntime fast, or
+    what the `engine` needs; less where the target is out of reach otherwise."""
     min_filters: int = Field(default=1, ge=1)
     """Smallest number of filters to keep in a layer."""
 
