@@ -71,3 +71,13 @@ def test_a_package_that_is_not_installed_is_named(
     with pytest.raises(UsageError, match=rf"the format {name} needs its package: pip install"):
         export_as(name, network, IMAGES, tmp_path / f"model{FORMATS[name].suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_file_beside_the_named_one_is_lost(network: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs openvino")
+    weights = tmp_path / "model.bin"
+    weights.write_text("precious")
+    with pytest.raises(ExportError, match=r"model\.bin exists already"):
+        export_as("openvino", network, IMAGES, tmp_path / "model.xml")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+    assert weights.read_text() == "precious"

@@ -381,3 +381,5 @@ def test_every_group_keeps_the_requested_minimum(generator: torch.Generator) -> 
     assert min(kept_counts(dependencies, plan).values()) >= 4
     with pytest.raises(TargetError, match="out of reach"):
         make_plan(scores, dependencies, Budget("filters", 0.2), "random", min_filters=4)
+    with pytest.raises(TargetError, match="in multiples of 8: a smaller round_to reaches further"):
+        make_plan(scores, dependencies, Budget("filters", 0.2), "random", round_to=8)

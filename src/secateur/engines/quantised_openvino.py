@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -19,6 +20,15 @@ REPORTING = "openvino_telemetry"
 """The package by which NNCF reports to its makers what it quantises; it does so without asking."""
 
 
+def check_nncf() -> None:
+    """Raise `UsageError` if a package that quantises is missing."""
+    for package in ("nncf", "openvino"):
+        if find_spec(package) is None:
+            raise UsageError(
+                f"int8 for OpenVINO needs NNCF: pip install 'nncf>=3.4' (no module {package})"
+            )
+
+
 def quantise_openvino(source: Path, target: Path, batches: Iterable[Sequence[Tensor]]) -> None:
     """Write the int8 form of a file: activations uint8, weights int8 by channel.
 
@@ -26,14 +36,10 @@ def quantise_openvino(source: Path, target: Path, batches: Iterable[Sequence[Ten
     `.xml` and a `.bin`. NNCF reports nothing, unless it was imported before. Raises `ExportError`,
     and `UsageError` without the packages.
     """
-    try:
-        with quiet(), _without(REPORTING):
-            import nncf
-            import openvino
-    except ImportError as error:
-        raise UsageError(
-            f"int8 for OpenVINO needs NNCF: pip install 'nncf>=3.4' (no module {error.name})"
-        ) from error
+    check_nncf()
+    with quiet(), _without(REPORTING):
+        import nncf
+        import openvino
     images = [arrays_of(inputs) for inputs in batches]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         draft = Path(folder) / target.name

@@ -19,12 +19,12 @@ from secateur.data import draw_calibration_images
 from secateur.engines.engine import Program
 from secateur.engines.file_engine import arrays_of
 from secateur.engines.flat_network import inputs_in, run_flat
-from secateur.engines.onnx_file import write_onnx
+from secateur.engines.onnx_file import check_packages, write_onnx
 from secateur.engines.onnxruntime import input_names, load_onnx
 from secateur.engines.openvino import load_openvino
 from secateur.engines.output_structure import Structure, put_together
 from secateur.engines.quantised_file import quantise_file
-from secateur.engines.quantised_openvino import quantise_openvino
+from secateur.engines.quantised_openvino import check_nncf, quantise_openvino
 from secateur.experiments.engine_times import engine_time
 from secateur.experiments.evaluate import load_data_for, task_and_metric
 from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS, Latency
@@ -110,6 +110,8 @@ class Quantiser:
     suffixes: tuple[str, ...]
     """Of the files that it consists of, first the one that is named."""
     write: Callable[[nn.Module, Tensor, Path], object]
+    check: Callable[[], object]
+    """Raises `UsageError` if the package that quantises is not installed."""
     quantise: Callable[[Path, Path, Iterable[Sequence[Tensor]]], None]
     """Writes the int8 form of a file; the batches of inputs give the ranges of activations."""
     load: Callable[[Path], Program]
@@ -122,12 +124,25 @@ def _quantise_onnx(source: Path, target: Path, batches: Iterable[Sequence[Tensor
 
 
 QUANTISERS: dict[str, Quantiser] = {
-    "onnx": Quantiser("onnxruntime", (".onnx",), write_onnx, _quantise_onnx, load_onnx),
+    "onnx": Quantiser(
+        "onnxruntime", (".onnx",), write_onnx, check_packages, _quantise_onnx, load_onnx
+    ),
     "openvino": Quantiser(
-        "openvino", (".xml", ".bin"), write_openvino, quantise_openvino, load_openvino
+        *("openvino", (".xml", ".bin"), write_openvino),
+        *(check_nncf, quantise_openvino, load_openvino),
     ),
 }
 """By the name of the format."""
+
+
+def int8_files(name: str, file: Path) -> list[Path]:
+    """Return the files that the int8 form of a format's file consists of.
+
+    Raises `UsageError` if the package that quantises is not installed.
+    """
+    quantiser = QUANTISERS[name]
+    quantiser.check()
+    return [int8_path(file).with_suffix(suffix) for suffix in quantiser.suffixes]
 
 
 def int8_path(file: Path) -> Path:

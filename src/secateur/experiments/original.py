@@ -27,7 +27,8 @@ def load_original(
     """Return the data and the network before a run, or None and why not.
 
     `config` is the run's, with the names that network and data have now, and `named` the keys that
-    the user has set. Raises `UsageError` if another network is named than the run's.
+    the user has set. Raises `UsageError` if another network is named than the run's, and what
+    `load_inputs` raises if the user has named the network or its weights.
     """
     name, forward = config.model.name, config.model.forward
     reason = _not_run(
@@ -40,6 +41,8 @@ def load_original(
     try:
         dataset, original = load_inputs(config)
     except SecateurError as error:
+        if {"model.name", "model.weights"} & set(named):
+            raise
         return None, str(error)
     if read_plan(run).weights not in (None, weights_hash(tensors_of(original))):
         source = config.model.weights or config.model.name

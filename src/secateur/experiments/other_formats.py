@@ -24,7 +24,7 @@ from secateur.engines.flat_network import flat_network, inputs_in, outputs_error
 from secateur.engines.onnx_file import Images, cause, check_packages, quiet, write_onnx
 from secateur.engines.onnxruntime import load_onnx
 from secateur.engines.openvino import load_openvino
-from secateur.experiments.onnx_export import TOLERANCE
+from secateur.experiments.onnx_export import TOLERANCE, check_free
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.trace import export_program
 from secateur.runtime.atomic_io import make_folder
@@ -74,15 +74,14 @@ def export_as(
     that are written for one image at a time take one.
 
     Raises:
-        ExportError: the format can't hold the network, or its outputs differ, or `path` exists and
-            `overwrite` is not set.
+        ExportError: the format can't hold the network, or its outputs differ, or a file that is
+            written exists and `overwrite` is not set.
         UsageError: the format's package is not installed.
     """
     wanted = FORMATS[name]
     if path.suffix != wanted.suffix:
         raise UsageError(f"the format {name} needs a file name that ends in {wanted.suffix}")
-    if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists already: choose another file or add --overwrite")
+    check_free(path, overwrite=overwrite)
     example = as_input(model, repeat_to_batch(example, wanted.batch or 2))
     noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
     make_folder(path.parent)
@@ -112,6 +111,8 @@ def export_as(
                 f"{error:.1e}, and less than {TOLERANCE:.0e} was expected; no file is written"
             )
         parts = sorted(Path(folder).iterdir())
+        for part in () if overwrite else parts:
+            check_free(path.parent / part.name, overwrite=False)
         size = sum(part.stat().st_size for part in Path(folder).rglob("*") if part.is_file())
         for part in parts:
             place = path.parent / part.name

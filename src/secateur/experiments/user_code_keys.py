@@ -33,9 +33,15 @@ def check_original_named(folder: Path, architecture: str | None, name: str | Non
     `architecture` is what the run says, and `name` what the user says, if anything. Only what is
     user code, or was passed from Python, may have another name now.
     """
-    is_own = architecture is None or user_code.is_user_code(architecture)
-    if name not in (None, architecture) and not is_own:
+    if name in (None, architecture) or architecture is None:
+        return
+    if not user_code.is_user_code(architecture):
         raise UsageError(f"the run in {folder} is of {architecture}: leave --model out")
+    if not user_code.is_user_code(name):
+        raise UsageError(
+            f"the run in {folder} is of a network from a file of code, {architecture}, and {name} "
+            "is another one: name the file of code with --model"
+        )
 
 
 def check_loss_named(folder: Path, config: RunConfig) -> None:

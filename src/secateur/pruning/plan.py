@@ -195,7 +195,7 @@ def make_plan(  # public: one keyword for each thing that a user may set
         is_last = multiples == choices[-1]
         if not space.fits(space.least) and not is_last:
             continue
-        counts = _counts(space, dependencies, target, allocation, ordered)
+        counts = _counts(space, dependencies, target, allocation, ordered, multiples)
         is_close = space.measure(counts) >= (1 - MOST_BELOW) * space.limit
         if is_last or is_close or target.quantity == "latency":
             break
@@ -221,6 +221,7 @@ def _counts(
     target: Budget,
     allocation: Allocation,
     ordered: Mapping[str, Sequence[float]],
+    multiples: Multiples,
 ) -> Counts:
     """Return the channels that stay of each group, by the allocation; see `make_plan`.
 
@@ -230,7 +231,7 @@ def _counts(
         if allocation.shares is None:
             raise UsageError("the allocation `shares` needs the fraction of each group that stays")
         return keep_fractions(space, allocation.shares)
-    _check_reach(space, dependencies, target, allocation)
+    _check_reach(space, dependencies, target, allocation, multiples)
     if allocation.rule == "uniform":
         return equal_fractions(space)
     if allocation.rule == "global":
@@ -298,7 +299,11 @@ def make_space(
 
 
 def _check_reach(
-    space: SearchSpace, dependencies: DependencyGraph, target: Budget, allocation: Allocation
+    space: SearchSpace,
+    dependencies: DependencyGraph,
+    target: Budget,
+    allocation: Allocation,
+    multiples: Multiples,
 ) -> None:
     """Raise `TargetError` if even the smallest allowed network exceeds the budget."""
     if space.fits(space.least):
@@ -314,6 +319,8 @@ def _check_reach(
         smallest.append(f"all residual branches dropped ({len(actions.branches.branches)})")
     text = ", ".join(smallest) or "no convolution to split and no residual branch to drop"
     hint = "add channels to the actions to remove filters as well"
+    if multiples.general > 1:
+        text += f", in multiples of {multiples.general}: a smaller round_to reaches further"
     raise TargetError(
         f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
         f"with {text} ({hint if allocation.keeps_channels else _frozen_hint(dependencies)})"

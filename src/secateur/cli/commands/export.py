@@ -26,7 +26,7 @@ def export(
     *,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The file (default: model.onnx in the run folder)."),
+        typer.Option("--out", "-o", help="The file (default: model.onnx, .pte, … in the run)."),
     ] = None,
     int8: Annotated[
         bool,
@@ -53,17 +53,17 @@ def export(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Export the pruned network of a run folder to ONNX, compare the outputs and time both.
+    """Export the pruned network of a run folder, and compare the outputs with PyTorch's.
 
-    The original is timed with untrained weights, which take as long. Code of your own is run only
-    if you name it with --model or --forward: without it a network of yours is timed as pruned
-    alone. Needs the extra: pip install 'secateur\\[export]'
+    Both networks are timed with --format onnx and with --int8; the original with untrained
+    weights. Code of your own is run only if you name it with --model or --forward. Needs the
+    extra: pip install 'secateur\\[export]'; other formats say what they need.
     """
     import torch
 
     from secateur.cli import output
     from secateur.experiments.engine_times import keep_engine_times
-    from secateur.experiments.int8_export import QUANTISERS, export_int8, exported_times, int8_path
+    from secateur.experiments.int8_export import QUANTISERS, export_int8, exported_times, int8_files
     from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
     from secateur.experiments.original import untrained_original
     from secateur.experiments.other_formats import FORMATS, export_as
@@ -76,20 +76,20 @@ def export(
     if run != folder and out is None:
         raise UsageError("name the file with --out: a repository on the Hub is not written to")
     path = out or run / f"model{suffix}"
-    for file in (*[path] * is_onnx, *[int8_path(path)] * int8):
+    config = _int8_config(config_options, run, int8=int8)
+    for file in (*[path] * is_onnx, *(int8_files(file_format, path) if int8 else ())):
         check_free(file, overwrite=overwrite)
     network, origin = load_pruned(run), read_origin(run)
-    config = _int8_config(config_options, run, int8=int8)
     named, is_timed = config_options.changes(), latency and (is_onnx or int8)
     code = named.get(options.MODEL.path), named.get(options.FORWARD.path)
     original, reason = untrained_original(run, *code) if is_timed else (None, "")
     example = torch.zeros(2, *origin.image_shape)
     packed = with_inputs(network, origin.inputs)
+    inputs = origin.unpacked(example)
     result: ExportResult | FormatResult
     if file_format in FORMATS:
         result = export_as(file_format, packed, example, path, overwrite=overwrite)
     else:
-        inputs = origin.unpacked(example)
         result = export_onnx(network, inputs, path, opset=opset, overwrite=overwrite)
     times = compare_latency(packed, path, original, example) if latency and is_onnx else ()
     quantised = None
@@ -111,8 +111,10 @@ def _int8_config(config_options: ConfigOptions, run: Path, *, int8: bool) -> Run
     from secateur.experiments.user_code_keys import check_named
 
     if not int8:
-        if "data.source" in config_options.changes():
-            raise UsageError("--data is for --int8, which measures ranges and accuracy on images")
+        unused = sorted({*config_options.changes()} - {options.MODEL.path, options.FORWARD.path})
+        if unused:
+            name = "--data" if "data.source" in unused else unused[0]
+            raise UsageError(f"{name} is for --int8, which measures ranges and accuracy on images")
         return None
     config = config_options.make(RunConfig, base=run / CONFIG)
     check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
