@@ -86,3 +86,15 @@ def test_a_plan_predicted_to_be_out_of_reach_is_measured(monkeypatch: pytest.Mon
     plan, left = planned(timed, 0.2)
     assert plan.budget.fraction_left == pytest.approx(left / 0.6)
     assert (1 - 2 * size_search.NEAR) * 0.2 <= left <= 0.2
+
+
+def test_smaller_networks_are_tried_where_a_larger_one_was_faster_by_chance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second network takes longer than the first, and both longer than the original."""
+    for times in ([0.62, 0.63, 0.58], [1.05, 1.1, 0.59]):
+        remaining = iter(times)
+        timed = Timed(monkeypatch, lambda _, remaining=remaining: next(remaining))  # type: ignore[misc]
+        _, left = planned(timed, 0.6)
+        assert left == times[-1]
+        assert timed.asked == sorted(timed.asked, reverse=True)

@@ -50,10 +50,11 @@ def plan_in_time(
         if (1 - 2 * NEAR) * fraction_left <= measured <= fraction_left or aim == earlier:
             break
     if best is None:
-        fastest = min(measured for _, measured in points)
+        fastest = min(measured for _, measured in points[1:])
+        hint = "" if aim <= least else " (other work on the machine may be why: try again)"
         raise TargetError(
-            f"target latency={fraction_left:g} is out of reach: the fastest network that was "
-            f"measured takes {fastest:.3f} of the time"
+            f"target latency={fraction_left:g} is out of reach: of {len(points) - 1} networks that "
+            f"were measured the fastest takes {fastest:.3f} of the time{hint}"
         )
     return best
 
@@ -62,12 +63,14 @@ def _next_aim(points: Sequence[tuple[float, float]], fraction_left: float) -> fl
     """Return the fraction to predict so that `fraction_left` is measured.
 
     It lies on the line between the nearest points `(predicted, measured)`. If all measurements are
-    above `fraction_left`, the lowest prediction is scaled down in proportion.
+    above `fraction_left`, the lowest prediction is scaled down in proportion: the fastest network
+    may be a larger one, since times are noisy.
     """
-    aim, measured = min((p for p in points if p[1] > fraction_left), key=lambda point: point[1])
     below = max((p for p in points if p[1] <= fraction_left), key=lambda p: p[1], default=None)
     if below is None:
+        aim, measured = min(points)
         return aim * fraction_left / measured
+    aim, measured = min((p for p in points if p[1] > fraction_left), key=lambda point: point[1])
     weight = (fraction_left - below[1]) / (measured - below[1])
     return below[0] + weight * (aim - below[0])
 
