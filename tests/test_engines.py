@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from secateur.config import EngineName
 from secateur.engines.latency import latency_in
 from secateur.engines.layer_file import layer_file
+from secateur.engines.onnx_file import write_onnx
+from secateur.engines.onnxruntime import _session
 from secateur.engines.registry import find_engine
 from secateur.graph.build import build_dependency_graph
 from secateur.graph.channel_ids import Ids
@@ -75,6 +78,13 @@ def test_an_engine_runs_a_network_and_times_its_layers(name: EngineName) -> None
     seconds: Mapping[Key, float] = engine.layer_seconds(calls)
     assert set(seconds) == (set() if name in ("pytorch", "executorch") else set(calls))
     assert all(value > 0 for value in seconds.values())
+
+
+def test_threads_of_onnxruntime_rest_while_another_network_is_timed(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write_onnx(Layers().eval(), torch.rand(2, 3, 10, 10), path)
+    options = _session(str(path), "model").get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_a_table_of_onnxruntime_s_times_holds_multiples_of_4() -> None:
