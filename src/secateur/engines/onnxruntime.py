@@ -87,8 +87,8 @@ def _session(file: str | bytes, name: str, profile: Path | None = None) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # Threads wait for work by spinning, and without this go on when a run has ended: they would
-    # slow the network that is timed next, up to four times.
+    # Threads wait for work by spinning, without this even after a run has ended: they would slow
+    # the network that is timed next, up to four times.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling = True
