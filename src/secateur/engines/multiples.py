@@ -27,11 +27,11 @@ Small layers differ by up to a tenth without a reason, in onnxruntime, OpenVINO 
 class EngineMultiples(NamedTuple):
     """Multiples of channels off which convolutions take longer than at the next multiple of 16.
 
-    1 where they don't, and for engines whose layers aren't timed.
+    1 where they don't.
     """
 
-    dense: int = 1
-    depthwise: int = 1
+    dense: int
+    depthwise: int
 
     def __str__(self) -> str:
         """Return what the multiples are, as words."""
@@ -43,8 +43,11 @@ class EngineMultiples(NamedTuple):
         )
 
 
-def measure_multiples(engine: Engine) -> EngineMultiples:
-    """Return the multiples of channels that an engine's convolutions need to read here."""
+def measure_multiples(engine: Engine) -> EngineMultiples | None:
+    """Return the multiples of channels that an engine's convolutions need to read here.
+
+    None for engines that don't time layers.
+    """
     network = nn.Sequential(
         nn.Conv2d(3, BLOCK, 1),
         nn.Conv2d(BLOCK, BLOCK, 3, padding=1, groups=BLOCK),
@@ -62,7 +65,7 @@ def measure_multiples(engine: Engine) -> EngineMultiples:
     runs = [engine.layer_seconds(calls) for _ in range(RUNS)]
     seconds = {key: min(run[key] for run in runs) for key in runs[0]}
     if not seconds:
-        return EngineMultiples()
+        return None
 
     def needed(name: str) -> int:
         fast = [
