@@ -1,49 +1,47 @@
-"""Compare plans by time in an engine with plans by MACs that take the same time there.
+"""Prune to a latency in an engine, beside plans by MACs that take the same time there.
 
     python bench/engine_targets.py cifar10 --data DIR --weights DIR [--seeds 1]
     python bench/engine_targets.py imagenet --data DIR --weights DIR
 
-For each network this looks for the budget whose pruned network takes 0.6 of the original's time in
-onnxruntime: 16 images at a time, interleaved, on one thread; once with a budget of latency, planned
-by the times of layers in that engine, and once with one of MACs. ResNet-56 is refitted on 2,000
-images of CIFAR-10, MobileNetV2 on 300 ordinary ones of ImageNet, without labels. They are scored on
-the test images, which choose nothing. Each measurement adds a line to
-`results/engine_targets.jsonl`, and the table is in docs/reference/targets.md.
+Each network is pruned to `latency=0.6` in onnxruntime, as `secateur prune` does it, and then by
+MACs, to the budget whose network takes the same time. One stopwatch measures both anew beside the
+original: 16 images at a time, interleaved, on one thread. ResNet-56 is refitted on 2,000 images of
+CIFAR-10, MobileNetV2 on 300 ordinary ones of ImageNet, without labels. They are scored on the test
+images, which choose nothing. ResNet-50 has random weights, equal shares and no refit: only its time
+is measured. Each measurement adds a line to `results/engine_targets.jsonl`, and the table is in
+docs/reference/targets.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
-import itertools
+from functools import partial
 
 import torch
+import torchvision
+from torch import nn
 
 from measurements import Measurement, append_measurement, key_of, read_measurements
 from rows import ROOT, revision, surroundings
-from secateur.config import EngineName
+from secateur.config import EngineName, PlanSection, RefitSection, RunConfig, ScoreSection
+from secateur.data import DataSet
 from secateur.engines.registry import find_engine
+from secateur.graph.build import build_dependency_graph
 from secateur.pipeline.inputs import make_reader
-from secateur.pipeline.scoring_context import make_scoring_context
+from secateur.pipeline.prune import prune
 from secateur.pruning.cost.latency_profiler import Stopwatch
-from studies import (
-    channels_last,
-    fraction_equal,
-    labels,
-    load_study_network,
-    predictions,
-    search_budget,
-    study_parser,
-)
+from studies import accuracy, channels_last, load_study_network, search_budget, study_parser
 from tables import with_table
-from training_free import Ours
 
 RESULTS = ROOT / "results" / "engine_targets.jsonl"
 PAGE = ROOT / "docs" / "reference" / "targets.md"
 KEY = ("network", "planned_by", "seed")
-NETWORKS = {"cifar10": ("resnet56",), "imagenet": ("mobilenetv2",)}
+NETWORKS = {"cifar10": ("resnet56",), "imagenet": ("mobilenetv2", "resnet50")}
+UNTRAINED = ("resnet50",)
 ENGINE: EngineName = "onnxruntime"
-TIME_LEFT, NEAR = 0.6, 0.015
+TIME_LEFT, NEAR = 0.6, 0.01
+EXAMPLES = 2
 ATTEMPTS = 5
 
 
@@ -54,53 +52,89 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.data is not None:
-        known = {key_of(row, KEY) for row in read_measurements(RESULTS, KEY)}
-        networks = fnmatch.filter(NETWORKS[arguments.study], arguments.networks)
-        for network, planned_by, seed in itertools.product(
-            networks, ("latency", "macs"), range(arguments.seeds)
-        ):
-            if (network, planned_by, seed) not in known:
-                append_measurement(RESULTS, measure(network, planned_by, seed, arguments))
+        for network in fnmatch.filter(NETWORKS[arguments.study], arguments.networks):
+            for seed in range(arguments.seeds):
+                measure(network, seed, arguments)
     rows = read_measurements(RESULTS, KEY)
     text = with_table(PAGE.read_text(), "results/engine_targets.jsonl", table(rows))
     PAGE.write_text(text)
 
 
-def measure(network: str, planned_by: str, seed: int, arguments: argparse.Namespace) -> Measurement:
-    """Return the row of the network whose time is nearest to the wanted one."""
-    config, dataset, model = load_study_network(network, arguments)
-    batches = channels_last(make_reader(config).read_shard(dataset.test))
-    before = fraction_equal(predictions(model, batches), labels(batches))
-    changes = {"target": f"{planned_by}={TIME_LEFT}", "engine": ENGINE}
-    plan = config.plan.model_copy(update=changes)
-    run_config = config.model_copy(update={"plan": plan, "seed": seed})
-    context = make_scoring_context(
-        model, dataset, run_config, criterion_names=(run_config.score.criterion,)
-    )
-    pruner = Ours(model, context, run_config)
-    stopwatch = Stopwatch(model, context.example, find_engine(ENGINE))
+def measure(network: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Append the rows of a network that the file lacks."""
+    rows = {key_of(row, KEY): row for row in read_measurements(RESULTS, KEY)}
+    keys = [(network, planned_by, seed) for planned_by in ("latency", "macs")]
+    if network in UNTRAINED:
+        keys = keys[:1]
+    if all(key in rows for key in keys):
+        return
+    case = Case(network, seed, arguments)
+    time_left = TIME_LEFT
+    for key in keys:
+        if key not in rows:
+            attempt = partial(case.attempt, key[1])
+            measured = (
+                {"budget": TIME_LEFT, **attempt(TIME_LEFT)}
+                if key[1] == "latency"
+                else search_budget(attempt, time_left, NEAR, ATTEMPTS)
+            )
+            rows[key] = {**dict(zip(KEY, key, strict=True)), **case.described, **measured}
+            append_measurement(RESULTS, rows[key])
+            print(table([rows[key]]), flush=True)
+        time_left = rows[key]["time_left"]
 
-    def attempt(budget: float) -> Measurement:
-        pruned = pruner.prune(f"{planned_by}={budget:.4f}")
-        smaller = pruned.stages["refit"]
-        return {
-            "macs_left": pruned.macs_left,
-            "time_left": stopwatch.fraction_left(smaller),
-            "test_fraction": fraction_equal(predictions(smaller, batches), labels(batches)),
+
+class Case:
+    """A network with its images, which is pruned to budgets and timed."""
+
+    def __init__(self, network: str, seed: int, arguments: argparse.Namespace) -> None:
+        self._config, self._dataset, self._model = load(network, arguments)
+        self._seed, self._is_trained = seed, network not in UNTRAINED
+        reader = make_reader(self._config)
+        self._batches = channels_last(reader.read_shard(self._dataset.test))
+        self._images = reader.read_first(self._dataset.train, EXAMPLES)
+        self._stopwatch = Stopwatch(self._model, self._images, find_engine(ENGINE))
+        self.described: Measurement = {
+            "engine": ENGINE,
+            "is_trained": self._is_trained,
+            "before_fraction": self._accuracy(self._model),
+            "command": f"python bench/engine_targets.py {arguments.study} --data DIR --weights DIR",
+            "revision": revision(),
+            "environment": surroundings("onnxruntime"),
         }
 
-    best = search_budget(attempt, TIME_LEFT, NEAR, ATTEMPTS)
-    return {
-        "network": network,
-        "planned_by": planned_by,
-        "engine": ENGINE,
-        "seed": seed,
-        "before_fraction": before,
-        **best,
-        "command": f"python bench/engine_targets.py {arguments.study} --data DIR --weights DIR",
-        "revision": revision(),
-        "environment": surroundings("onnxruntime"),
+    def attempt(self, planned_by: str, budget: float) -> Measurement:
+        """Prune to a budget as `secateur prune` does; return size, time and accuracy."""
+        plan = self._config.plan.model_copy(
+            update={"target": f"{planned_by}={budget:.4f}", "engine": ENGINE}
+        )
+        config = self._config.model_copy(update={"plan": plan, "seed": self._seed})
+        smaller = prune(self._model, self._dataset, config).model
+        macs = [build_dependency_graph(one, self._images).macs() for one in (self._model, smaller)]
+        return {
+            "macs_left": macs[1] / macs[0],
+            "time_left": self._stopwatch.fraction_left(smaller),
+            "test_fraction": self._accuracy(smaller),
+        }
+
+    def _accuracy(self, network: nn.Module) -> float | None:
+        return accuracy(network, self._batches) if self._is_trained else None
+
+
+def load(network: str, arguments: argparse.Namespace) -> tuple[RunConfig, DataSet, nn.Module]:
+    """Return the configuration of a network's run, its images, and the network."""
+    if network not in UNTRAINED:
+        return load_study_network(network, arguments)
+    config, dataset, _ = load_study_network("mobilenetv2", arguments)
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, network)().eval()
+    changes = {
+        "plan": PlanSection(allocation="uniform"),
+        "score": ScoreSection(criterion="l1"),
+        "refit": RefitSection(layers="none", recalibrate_batchnorm=False),
+        "model": config.model.model_copy(update={"allow_untrained": True}),
     }
+    return config.model_copy(update=changes), dataset, model
 
 
 def table(rows: list[Measurement]) -> str:
@@ -110,10 +144,13 @@ def table(rows: list[Measurement]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: key_of(row, KEY)):
+        before, after = (
+            "–" if fraction is None else f"{100 * fraction:.1f}"
+            for fraction in (row["before_fraction"], row["test_fraction"])
+        )
         lines.append(
-            f"| {row['network']}, {100 * row['before_fraction']:.1f} | {row['planned_by']} | "
-            f"{row['seed']} | {row['time_left']:.3f} | {row['macs_left']:.3f} | "
-            f"{100 * row['test_fraction']:.1f} |"
+            f"| {row['network']}, {before} | {row['planned_by']} | {row['seed']} | "
+            f"{row['time_left']:.3f} | {row['macs_left']:.3f} | {after} |"
         )
     return "\n".join(lines)
 
