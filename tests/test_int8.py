@@ -11,10 +11,13 @@ from networks import Chain
 from secateur.engines.flat_network import outputs_error
 from secateur.engines.openvino import load_openvino
 from secateur.engines.quantised_openvino import quantise_openvino
+from secateur.engines.quantised_program import quantise_aotinductor, quantise_executorch
 from secateur.experiments.int8_export import FormLatency, Int8Result
-from secateur.experiments.other_formats import write_openvino
+from secateur.experiments.other_formats import load_executorch, write_openvino
 from secateur.models.score import Score
 from secateur.models.task import SINGLE_LABEL
+from secateur.runtime.errors import UsageError
+from secateur.runtime.torch_internals import load_compiled
 
 SCORE = Score(0.9, None, 0.3, 100, 1, 1, 0.0)
 
@@ -45,8 +48,7 @@ def test_the_advice_compares_what_the_cut_saves(latency: FormLatency, words: str
 
 def test_nncf_quantises_a_file_for_openvino(tmp_path: Path) -> None:
     pytest.importorskip("nncf", reason="needs nncf")
-    torch.manual_seed(0)
-    network, images = Chain().eval(), torch.rand(8, 3, 8, 8)
+    network, images = chain_and_images()
     files = [tmp_path / "model.xml", tmp_path / "model.int8.xml"]
     write_openvino(network, images, files[0])
     quantise_openvino(files[0], files[1], [(part,) for part in images.split(4)])
@@ -58,3 +60,43 @@ def test_nncf_quantises_a_file_for_openvino(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"model{form}{suffix}" for form in ("", ".int8") for suffix in (".bin", ".xml")
     )
+
+
+def test_torchao_quantises_a_program_for_executorch(tmp_path: Path) -> None:
+    pytest.importorskip("executorch", reason="needs executorch")
+    pytest.importorskip("torchao", reason="needs torchao")
+    network, images = chain_and_images()
+    file = tmp_path / "model.int8.pte"
+    quantise_executorch(network, file, [(part,) for part in images.split(4)])
+    outputs = [load_executorch(file)([image])[0] for image in images.split(1)]
+    with torch.no_grad():
+        assert 1e-4 < outputs_error([torch.cat(outputs)], [network(images)]) < 0.1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_torchao_quantises_a_program_ahead_of_time(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs torchao")
+    network, images = chain_and_images()
+    file = tmp_path / "model.int8.pt2"
+    quantise_aotinductor(network, file, [(part,) for part in images.split(4)])
+    run = load_compiled(file)
+    with torch.no_grad():
+        for size in (1, 3, 8):
+            part = images[:size].clone()
+            assert 1e-4 < outputs_error(run([part]), [network(part)]) < 0.1
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_without_its_package_int8_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secateur.engines.quantised_program.find_spec", lambda _: None)
+    network, images = chain_and_images()
+    with pytest.raises(UsageError, match=r"pip install 'torchao>=0\.18' \(no module torchao\)"):
+        quantise_aotinductor(network, tmp_path / "model.int8.pt2", [(images,)])
+    assert not list(tmp_path.iterdir())
+
+
+def chain_and_images() -> tuple[Chain, torch.Tensor]:
+    torch.manual_seed(0)
+    return Chain().eval(), torch.rand(8, 3, 8, 8)

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from secateur.config import EngineName
 from secateur.engines.engine import Action, Program
@@ -58,10 +59,17 @@ def make_program(model: nn.Module, batch: Tensor) -> bytes:
 
     The network is in evaluation mode. Raises what ExecuTorch does, and `ImportError` without it.
     """
+    return lowered(torch.export.export(flat_network(model), inputs_in(model, batch)))
+
+
+def lowered(program: ExportedProgram) -> bytes:
+    """Return the content of the `.pte` file of a program that torch exported.
+
+    Raises what ExecuTorch does, and `ImportError` without it.
+    """
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = torch.export.export(flat_network(model), inputs_in(model, batch))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     content: bytes = edge.to_executorch().buffer
     return content
@@ -73,8 +81,9 @@ def load_program(content: bytes) -> Program:
     Programs that were loaded with another number of threads must not be run any more. Raises what
     ExecuTorch does.
     """
-    from executorch.extension.pybindings import portable_lib
-    from executorch.runtime import Runtime
+    with quiet():
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime
 
     if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
         portable_lib._unsafe_reset_threadpool(torch.get_num_threads())

@@ -1,17 +1,18 @@
 """Quantise an exported network to int8, and compare accuracy and latency with the float file.
 
-Both files run in onnxruntime, or in OpenVINO, which NNCF quantises for. Needs the extra `export`;
-for OpenVINO the extra `openvino` and the package nncf, too.
+Both files run in the same engine: onnxruntime, OpenVINO, which NNCF quantises for, ExecuTorch or
+what `torch.compile` compiles ahead of time, which torchao quantises for.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from secateur.config import EngineName, RunConfig
@@ -25,11 +26,24 @@ from secateur.engines.openvino import load_openvino
 from secateur.engines.output_structure import Structure, put_together
 from secateur.engines.quantised_file import quantise_file
 from secateur.engines.quantised_openvino import check_nncf, quantise_openvino
+from secateur.engines.quantised_program import (
+    Batches,
+    check_executorch,
+    check_torchao,
+    quantise_aotinductor,
+    quantise_executorch,
+)
 from secateur.experiments.engine_times import engine_time
 from secateur.experiments.evaluate import load_data_for, task_and_metric
 from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS, Latency
-from secateur.experiments.other_formats import write_openvino
+from secateur.experiments.other_formats import (
+    load_executorch,
+    write_aotinductor,
+    write_executorch,
+    write_openvino,
+)
 from secateur.graph.forward import inputs_of, with_inputs
+from secateur.graph.module_state import evaluating
 from secateur.models.evaluate import evaluate
 from secateur.models.score import Score
 from secateur.models.task import Task
@@ -37,6 +51,7 @@ from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import EngineTime
 from secateur.runtime.timing import interleaved_medians, repeat_to_batch
+from secateur.runtime.torch_internals import load_compiled
 
 CALIBRATION_IMAGES = 256
 """Calibration images that the ranges of activations are taken from, at most."""
@@ -102,6 +117,11 @@ class Int8Result:
         )
 
 
+Quantise = Callable[[nn.Module, Path, Path, Batches], None]
+"""Writes the int8 form of a network, which a file holds in float: `(network, file, int8, batches)`.
+The batches of inputs give the ranges of activations."""
+
+
 @dataclass(frozen=True)
 class Quantiser:
     """How files of a format are written, quantised and run."""
@@ -112,24 +132,43 @@ class Quantiser:
     write: Callable[[nn.Module, Tensor, Path], object]
     check: Callable[[], object]
     """Raises `UsageError` if the package that quantises is not installed."""
-    quantise: Callable[[Path, Path, Iterable[Sequence[Tensor]]], None]
-    """Writes the int8 form of a file; the batches of inputs give the ranges of activations."""
+    quantise: Quantise
     load: Callable[[Path], Program]
+    batch: int | None = None
+    """Images that files take at a time; None: any number."""
 
 
-def _quantise_onnx(source: Path, target: Path, batches: Iterable[Sequence[Tensor]]) -> None:
+def _quantise_onnx(source: Path, target: Path, batches: Batches) -> None:
     names = input_names(source)
     inputs = (dict(zip(names, arrays_of(batch), strict=True)) for batch in batches)
     quantise_file(source, target, inputs)
 
 
+def _of_file(quantise: Callable[[Path, Path, Batches], None]) -> Quantise:
+    return lambda _, file, int8, batches: quantise(file, int8, batches)
+
+
+def _of_network(quantise: Callable[[nn.Module, Path, Batches], None]) -> Quantise:
+    return lambda network, _, int8, batches: quantise(network, int8, batches)
+
+
 QUANTISERS: dict[str, Quantiser] = {
     "onnx": Quantiser(
-        "onnxruntime", (".onnx",), write_onnx, check_packages, _quantise_onnx, load_onnx
+        *("onnxruntime", (".onnx",), write_onnx),
+        *(check_packages, _of_file(_quantise_onnx), load_onnx),
     ),
     "openvino": Quantiser(
         *("openvino", (".xml", ".bin"), write_openvino),
-        *(check_nncf, quantise_openvino, load_openvino),
+        *(check_nncf, _of_file(quantise_openvino), load_openvino),
+    ),
+    "executorch": Quantiser(
+        *("executorch", (".pte",), write_executorch),
+        *(check_executorch, _of_network(quantise_executorch), load_executorch),
+        batch=1,
+    ),
+    "aotinductor": Quantiser(
+        *("compile", (".pt2",), write_aotinductor),
+        *(check_torchao, _of_network(quantise_aotinductor), load_compiled),
     ),
 }
 """By the name of the format."""
@@ -197,11 +236,11 @@ def export_int8(
     )
     example = reader.read_first(dataset.test, 2)
     _, structure = run_flat(network, example)
-    quantiser.quantise(file, path, (inputs_in(network, images) for images in batches))
+    quantiser.quantise(network, file, path, (inputs_in(network, images) for images in batches))
 
     def score(name: Path, title: str) -> Score:
         return evaluate(
-            _FileNetwork(quantiser.load(name), network, structure),
+            _FileNetwork(quantiser.load(name), network, structure, quantiser.batch),
             reader.read_shard(dataset.test, title),
             task=task,
             metric=metric,
@@ -224,16 +263,23 @@ def export_int8(
 class _FileNetwork(nn.Module):
     """A file as a network that takes and returns what the original module does."""
 
-    def __init__(self, run: Program, network: nn.Module, structure: Structure) -> None:
+    def __init__(
+        self, run: Program, network: nn.Module, structure: Structure, batch: int | None
+    ) -> None:
         super().__init__()
         self._run = run
+        self._batch = batch
         self._inputs = inputs_of(network)
         self._structure = structure
 
     def forward(self, images: Tensor) -> object:
         """Return the file's outputs for a batch."""
-        inputs = (images,) if self._inputs is None else self._inputs.unpack(images)
-        return put_together(self._structure, self._run(inputs))
+        parts = [
+            self._run((part,) if self._inputs is None else self._inputs.unpack(part))
+            for part in images.split(self._batch or len(images))
+        ]
+        outputs = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        return put_together(self._structure, outputs)
 
 
 def _latency(
@@ -252,13 +298,14 @@ def _latency(
             whole, whole_int8 = (
                 Path(folder) / f"{name}{path.suffix}" for name in ("whole", "int8")
             )
-            quantiser.write(original, example, whole)
+            with evaluating(original), torch.no_grad():
+                quantiser.write(original, repeat_to_batch(example, quantiser.batch or 2), whole)
             few = repeat_to_batch(example, TIMING_IMAGES)
-            quantiser.quantise(whole, whole_int8, [inputs_in(original, few)])
+            quantiser.quantise(original, whole, whole_int8, [inputs_in(original, few)])
             files |= {"original float": whole, "original int8": whole_int8}
         runners = {name: quantiser.load(file) for name, file in files.items()}
     latencies = []
-    for batch in LATENCY_BATCHES:
+    for batch in LATENCY_BATCHES if quantiser.batch is None else (quantiser.batch,):
         inputs = inputs_in(network, repeat_to_batch(example, batch))
         times = interleaved_medians(
             {name: partial(run, inputs) for name, run in runners.items()},

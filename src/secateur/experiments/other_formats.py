@@ -149,11 +149,13 @@ def write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
     file.unlink()
 
 
-def _write_executorch(model: nn.Module, example: Tensor, path: Path) -> None:
+def write_executorch(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Write ExecuTorch's `.pte` of a network, for batches of exactly the example's size."""
     path.write_bytes(make_program(model, example))
 
 
-def _load_executorch(path: Path) -> Program:
+def load_executorch(path: Path) -> Program:
+    """Return what runs a `.pte` file."""
     return load_program(path.read_bytes())
 
 
@@ -191,7 +193,8 @@ def _load_litert(path: Path) -> Program:
     return run
 
 
-def _write_aotinductor(model: nn.Module, example: Tensor, path: Path) -> None:
+def write_aotinductor(model: nn.Module, example: Tensor, path: Path) -> None:
+    """Write the package of a network that `torch.compile`'s compiler makes ahead of time."""
     program = export_program(flat_network(model), inputs_in(model, example))
     compile_ahead_of_time(program, path)
 
@@ -203,8 +206,8 @@ def _input_names(model: nn.Module, example: Tensor) -> list[str]:
 FORMATS: dict[FormatName, _Format] = {
     "ort": _Format(".ort", "secateur[export]", _write_ort, load_onnx),
     "openvino": _Format(".xml", "secateur[openvino]", write_openvino, load_openvino),
-    "executorch": _Format(".pte", "executorch>=1.5", _write_executorch, _load_executorch, batch=1),
+    "executorch": _Format(".pte", "executorch>=1.5", write_executorch, load_executorch, batch=1),
     "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
     "litert": _Format(".tflite", "litert-torch>=0.10", _write_litert, _load_litert, batch=1),
-    "aotinductor": _Format(".pt2", "torch>=2.6", _write_aotinductor, load_compiled),
+    "aotinductor": _Format(".pt2", "torch>=2.6", write_aotinductor, load_compiled),
 }

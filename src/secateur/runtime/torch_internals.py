@@ -216,8 +216,14 @@ def recompiling(limit: int) -> Iterator[None]:
 
 
 def compile_ahead_of_time(program: ExportedProgram, path: Path) -> None:
-    """Write the package of a program that `torch.compile`'s compiler makes ahead of time."""
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    """Write the package of a program that `torch.compile`'s compiler makes ahead of time.
+
+    Weights are constants: batch norms are folded into them, int8 kernels are chosen.
+    """
+    settings = {"freezing": True}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs=settings
+    )
 
 
 def load_compiled(path: Path) -> Callable[[Sequence[Tensor]], list[Tensor]]:

@@ -32,8 +32,7 @@ def export(
         bool,
         typer.Option(
             "--int8",
-            help="Write an int8 file, too (model.int8.onnx, or .xml for OpenVINO by NNCF), "
-            "quantised on the run's images.",
+            help="Write an int8 file, too, such as model.int8.onnx, quantised on the run's images.",
         ),
     ] = False,
     file_format: Annotated[

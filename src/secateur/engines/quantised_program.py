@@ -1,0 +1,121 @@
+"""Quantise a network in PyTorch, for ExecuTorch and for the compiler of `torch.compile`.
+
+Both take the program that torch exports, with the observers of torchao: the ranges that batches of
+images give become its scales. Needs the package torchao, and ExecuTorch's file executorch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from secateur.engines.executorch import lowered
+from secateur.engines.flat_network import flat_network
+from secateur.engines.onnx_file import cause, quiet
+from secateur.graph.module_state import evaluating
+from secateur.graph.trace import open_batch
+from secateur.runtime.atomic_io import move_file
+from secateur.runtime.errors import ExportError, UsageError
+from secateur.runtime.torch_internals import compile_ahead_of_time
+
+Batches = Iterable[Sequence[Tensor]]
+"""Inputs of a network, one by one."""
+
+
+def check_torchao() -> None:
+    """Raise `UsageError` if the package that quantises programs is missing."""
+    _check("torchao", "torchao>=0.18")
+
+
+def check_executorch() -> None:
+    """Raise `UsageError` if a package that quantises for ExecuTorch is missing."""
+    check_torchao()
+    _check("executorch", "executorch>=1.5")
+
+
+def quantise_executorch(network: nn.Module, target: Path, batches: Batches) -> None:
+    """Write the int8 `.pte` of a network, for one image at a time: weights in int8 by channel.
+
+    The `batches` are run to find the range of each activation. Raises `ExportError`, and
+    `UsageError` without the packages.
+    """
+    check_executorch()
+    with quiet():
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+    quantizer = XNNPACKQuantizer()
+    quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
+    images = (
+        tuple(one[number : number + 1] for one in inputs)
+        for inputs in batches
+        for number in range(len(inputs[0]))
+    )
+    _write(network, quantizer, images, target, _write_pte, has_open_batch=False)
+
+
+def quantise_aotinductor(network: nn.Module, target: Path, batches: Batches) -> None:
+    """Write the int8 `.pt2` of a network for x86 processors: weights in int8 by channel.
+
+    The `batches` are run to find the range of each activation. Raises `ExportError`, and
+    `UsageError` without torchao.
+    """
+    check_torchao()
+    with quiet():
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    _write(network, quantizer, batches, target, compile_ahead_of_time, has_open_batch=True)
+
+
+def _write(
+    network: nn.Module,
+    quantizer: Any,
+    batches: Batches,
+    target: Path,
+    make: Callable[[ExportedProgram, Path], object],
+    *,
+    has_open_batch: bool,
+) -> None:
+    """Write what `make` makes of the quantised program of a network."""
+    with quiet():
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    def export(module: nn.Module) -> ExportedProgram:
+        size = torch.export.Dim.DYNAMIC if has_open_batch else None
+        shapes = open_batch(module, size, len(example))
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+    calibration = iter(batches)
+    first = next(calibration)
+    # A batch of one image would be taken for the only size.
+    example = tuple(one[:1].repeat_interleave(1 + has_open_batch, 0) for one in first)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        draft = Path(folder) / target.name
+        try:
+            with quiet(), evaluating(network), torch.no_grad():
+                observed = prepare_pt2e(export(flat_network(network)).module(), quantizer)
+                for inputs in itertools.chain([first], calibration):
+                    observed(*inputs)
+                make(export(convert_pt2e(observed)), draft)
+        except Exception as error:  # torchao and the compilers raise many unrelated types
+            raise ExportError(f"the network can't be quantised: {cause(error)}") from error
+        move_file(draft, target)
+
+
+def _write_pte(program: ExportedProgram, path: Path) -> None:
+    path.write_bytes(lowered(program))
+
+
+def _check(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise UsageError(f"int8 needs its package: pip install '{extra}' (no module {package})")
