@@ -36,6 +36,7 @@ from secateur.experiments.onnx_export import ExportResult, export_onnx
 from secateur.experiments.other_formats import FORMATS, FormatResult, export_as
 from secateur.graph.build import build_dependency_graph
 from secateur.runtime.errors import ExportError
+from secateur.runtime.timing import in_turn
 from studies import load_study_network
 from tables import with_table
 
@@ -168,10 +169,11 @@ def written(
 ) -> tuple[ExportResult | FormatResult, Callable[[], object] | None]:
     """Write a network, and return what runs the file on the image, if anything can."""
     if file_format == "onnx":
-        return export_onnx(model, image, path), partial(onnx_runner(path), image)
+        onnx_result = export_onnx(model, image, path)
+        return onnx_result, in_turn(lambda: partial(onnx_runner(path), image))
     result = export_as(file_format, model, image, path)  # type: ignore[arg-type]
     load = FORMATS[result.format].load
-    return result, None if load is None else partial(load(path), (image,))
+    return result, None if load is None else in_turn(lambda: partial(load(path), (image,)))
 
 
 def table(rows: list[Measurement]) -> str:

@@ -16,6 +16,7 @@ import argparse
 import fnmatch
 import itertools
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from secateur.engines.onnxruntime import onnx_runner
 from secateur.engines.quantised_file import quantise_file
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.scoring_context import make_scoring_context
-from secateur.runtime.timing import Rounds, interleaved_medians, repeat_to_batch
+from secateur.runtime.timing import Rounds, in_turn, interleaved_medians, repeat_to_batch
 from studies import channels_last, load_study_network, study_parser
 from tables import with_table
 from training_free import Ours
@@ -133,8 +134,13 @@ def accuracy(file: Path, batches: list[Batch]) -> float:
 def times_ms(files: dict[str, Path], images: torch.Tensor, batch: int) -> dict[str, float]:
     """Return the median times of the files, interleaved."""
     inputs = repeat_to_batch(images, batch).contiguous()
-    actions = {name: partial(onnx_runner(file), inputs) for name, file in files.items()}
+    actions = {name: in_turn(partial(runner, file, inputs)) for name, file in files.items()}
     return interleaved_medians(actions, ROUNDS)
+
+
+def runner(file: Path, inputs: torch.Tensor) -> Callable[[], object]:
+    """Return what runs a file on inputs."""
+    return partial(onnx_runner(file), inputs)
 
 
 def table(rows: list[Measurement]) -> str:

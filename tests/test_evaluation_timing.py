@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur.runtime.timing import Rounds, batch_in_time, interleaved_medians
+from secateur.runtime.timing import COPIES, Rounds, batch_in_time, in_turn, interleaved_medians
 
 
 def test_actions_are_interleaved_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +67,22 @@ def test_slow_networks_are_timed_with_fewer_images(
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
     assert len(batch_in_time(run, torch.zeros(3, 1, 2, 2))) == size
     assert sizes == [1, 1]
+
+
+def test_an_unlucky_copy_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, speeds = [0.0], iter([1.0, 9.0, 1.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def prepare() -> Callable[[], None]:
+        duration = next(speeds)
+
+        def run() -> None:
+            now[0] += duration
+
+        return run
+
+    action = in_turn(prepare)
+    assert now == [11.0]  # each of the copies has run once
+    assert COPIES == 3
+    assert interleaved_medians({"only": action}, Rounds(6, 6)) == {"only": 1e3}
+    assert now == [33.0]  # and twice more

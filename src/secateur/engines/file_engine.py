@@ -18,6 +18,7 @@ from secateur.engines.flat_network import inputs_in
 from secateur.engines.layer_file import layer_file
 from secateur.engines.onnx_file import check_packages, write_onnx
 from secateur.graph.layer_calls import Key, LayerCall
+from secateur.runtime.timing import in_turn
 
 LAYER_RUNS = 7
 """Runs of a layer on its own, the first of which doesn't count; the shortest does."""
@@ -43,12 +44,17 @@ class FileEngine(ABC):
             write_onnx(model, batch, path, [f"input_{number}" for number in range(len(inputs))])
             return self.prepare_file(path, inputs)
 
-    @abstractmethod
     def prepare_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
-        """Return what runs a file on inputs in the file's order, once read.
+        """Return what runs a file, once read, on inputs in the file's order.
 
-        Raises `ExportError` if the engine can't load it.
+        It is loaded more than once, and the copies run in turn. Raises `ExportError` if the engine
+        can't load it.
         """
+        return in_turn(lambda: self.load_file(path, inputs))
+
+    @abstractmethod
+    def load_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
+        """Return what runs one copy of a file; raises as `prepare_file` does."""
 
     def layer_seconds(self, calls: Mapping[Key, LayerCall]) -> dict[Key, float]:
         """Return the seconds of layers, without bringing values into the layout that they read."""

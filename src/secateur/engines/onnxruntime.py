@@ -33,7 +33,7 @@ class OnnxRuntime(FileEngine):
 
         self.version: str = onnxruntime.__version__
 
-    def prepare_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
+    def load_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
         """Return what runs a file on inputs; see `FileEngine`."""
         run = onnx_runner(path)
         return lambda: run(*inputs)

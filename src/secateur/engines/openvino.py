@@ -35,7 +35,7 @@ class OpenVino(FileEngine):
             ) from error
         self.version: str = str(openvino.__version__)
 
-    def prepare_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
+    def load_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
         """Return what runs a file on inputs; see `FileEngine`."""
         request, arrays = openvino_request(path), arrays_of(inputs)
         return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)

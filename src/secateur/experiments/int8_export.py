@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.config import EngineName, RunConfig
 from secateur.data import draw_calibration_images
-from secateur.engines.engine import Program
+from secateur.engines.engine import Action, Program
 from secateur.engines.file_engine import arrays_of
 from secateur.engines.flat_network import inputs_in, run_flat
 from secateur.engines.onnx_file import check_packages, write_onnx
@@ -50,7 +50,7 @@ from secateur.models.task import Task
 from secateur.pipeline.inputs import make_reader, resolve_config
 from secateur.pipeline.run_context import RunContext
 from secateur.pipeline.verdict import EngineTime
-from secateur.runtime.timing import interleaved_medians, repeat_to_batch
+from secateur.runtime.timing import in_turn, interleaved_medians, repeat_to_batch
 from secateur.runtime.torch_internals import load_compiled
 
 CALIBRATION_IMAGES = 256
@@ -291,7 +291,7 @@ def _latency(
     example: Tensor,
 ) -> tuple[FormLatency, ...]:
     """Return the times of the float and the int8 file, and of the original's, interleaved."""
-    files = {"float": file, "int8": path}
+    files, latencies = {"float": file, "int8": path}, []
     with tempfile.TemporaryDirectory() as folder:
         if original is not None:
             original = with_inputs(original, inputs_of(network))
@@ -303,21 +303,17 @@ def _latency(
             few = repeat_to_batch(example, TIMING_IMAGES)
             quantiser.quantise(original, whole, whole_int8, [inputs_in(original, few)])
             files |= {"original float": whole, "original int8": whole_int8}
-        runners = {name: quantiser.load(file) for name, file in files.items()}
-    latencies = []
-    for batch in LATENCY_BATCHES if quantiser.batch is None else (quantiser.batch,):
-        inputs = inputs_in(network, repeat_to_batch(example, batch))
-        times = interleaved_medians(
-            {name: partial(run, inputs) for name, run in runners.items()},
-            LATENCY_ROUNDS,
-        )
-        latencies.append(
-            FormLatency(
-                batch,
-                times["float"],
-                times["int8"],
-                times.get("original float"),
-                times.get("original int8"),
-            )
-        )
+        for batch in LATENCY_BATCHES if quantiser.batch is None else (quantiser.batch,):
+            inputs = inputs_in(network, repeat_to_batch(example, batch))
+            actions = {
+                name: in_turn(partial(_loaded, quantiser, file, inputs))
+                for name, file in files.items()
+            }
+            times = interleaved_medians(actions, LATENCY_ROUNDS)
+            both = [times.get(f"original {form}") for form in ("float", "int8")]
+            latencies.append(FormLatency(batch, times["float"], times["int8"], *both))
     return tuple(latencies)
+
+
+def _loaded(quantiser: Quantiser, file: Path, inputs: Sequence[Tensor]) -> Action:
+    return partial(quantiser.load(file), inputs)

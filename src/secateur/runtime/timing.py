@@ -8,6 +8,7 @@ again, whose median then is several times too long.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -24,6 +25,8 @@ LATENCY_BATCH = 16
 """Images in the batch that latency is measured with, where one pass takes no longer than this:"""
 LONGEST_PASS = 0.5
 """Seconds; on slower networks the batch is smaller (`batch_in_time`)."""
+COPIES = 3
+"""Of what an engine prepares, to be timed in turn."""
 
 Key = TypeVar("Key")
 Action = Callable[[], object]
@@ -68,6 +71,19 @@ def interleaved_seconds(
             if number >= rounds.warm_up:
                 times[key].append(duration)
     return times
+
+
+def in_turn(prepare: Callable[[], Action]) -> Action:
+    """Return an action that runs `COPIES` prepared actions in turn; each has run once.
+
+    What an engine prepares is unlucky at times: of equal sessions of onnxruntime one in ten took a
+    tenth longer in every run, presumably by where its memory lies. The median passes over it.
+    """
+    actions = [prepare() for _ in range(COPIES)]
+    for action in actions:
+        action()
+    turns = itertools.cycle(actions)
+    return lambda: next(turns)()
 
 
 def repeat_to_batch(images: Tensor, size: int) -> Tensor:
