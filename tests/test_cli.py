@@ -35,6 +35,7 @@ from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
 from secateur.models import zoo
 from secateur.pruning.outcome import SENSITIVITY_COLUMNS
+from secateur.runtime.errors import DataError
 from secateur.runtime.timing import Rounds
 from secateur.scoring import concepts
 
@@ -1205,6 +1206,10 @@ def test_evaluate_a_run_beside_its_original(call: Call, digits_run: DigitsRun) -
     ]
 
 
+def failing(*arguments: object, **options: object) -> None:
+    raise DataError("nothing is left")
+
+
 def test_export_to_int8_scores_both_files_and_times_them(
     call: Call, digits_run: DigitsRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1234,11 +1239,21 @@ def test_export_to_int8_scores_both_files_and_times_them(
         (["--format", "nothing"], "there is no format 'nothing'"),
         (["--format", "torchscript"], "torch advises against TorchScript"),
         (["--data", "digits", "--overwrite"], "--data is for --int8"),
+        (["--set", "plan.rounds=2", "--int8"], "--set plan.rounds has no meaning for an export"),
         (["--data", f"folder:{photos}", "--int8", "--overwrite"], "has other classes than the run"),
     ):
         outcome = call("export", digits_run.folder, "--out", path, *options)
         assert outcome.code in (1, 2)
         assert words in outcome.err
+    missing = ["--int8", "--data", f"folder:{tmp_path / 'none'}"]
+    outcome = call("export", digits_run.folder, "--out", tmp_path / "new" / "a.onnx", *missing)
+    assert outcome.code == 1
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(int8_export, "evaluate", failing)
+    before = {file: file.read_bytes() for file in tmp_path.glob("*.onnx")}
+    outcome = call(*arguments, "--overwrite")
+    assert "error: nothing is left" in outcome.err
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.onnx")} == before
     outcome = call("evaluate", digits_run.folder, "--set", "data.keep_classes=1,3")
     assert outcome.code == 2
     assert "a run's classes are those that it was pruned for" in outcome.err

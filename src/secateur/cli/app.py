@@ -66,7 +66,7 @@ options.command(app, RunConfig, FINETUNE_KEYS, is_made=False, default="the run's
 options.command(app, BaseConfig, TRAIN_KEYS)(train)
 options.command(app, RunConfig, EVALUATE_KEYS, is_made=False)(evaluate)
 options.command(app, RunConfig, INSPECT_KEYS, is_made=False)(inspect)
-options.command(app, RunConfig, EXPORT_KEYS, is_made=False)(export)
+options.command(app, RunConfig, EXPORT_KEYS, is_made=False, default="the run's")(export)
 app.command()(push)
 app.command()(options.with_processes(report))
 app.command()(options.with_processes(models))

@@ -320,7 +320,9 @@ def _check_reach(
     text = ", ".join(smallest) or "no convolution to split and no residual branch to drop"
     hint = "add channels to the actions to remove filters as well"
     if multiples.general > 1:
-        text += f", in multiples of {multiples.general}: a smaller round_to reaches further"
+        text += (
+            f", in multiples of {multiples.general}: a smaller round_to (--round-to) goes further"
+        )
     raise TargetError(
         f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
         f"with {text} ({hint if allocation.keeps_channels else _frozen_hint(dependencies)})"
@@ -331,7 +333,7 @@ def _frozen_hint(dependencies: DependencyGraph) -> str:
     """Return how many filters are frozen, and what might free them."""
     frozen = sum(group.size for group in dependencies.frozen)
     residual = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
-    hint = f"; prune_residual would free {residual} of them" if residual else ""
+    hint = f"; prune_residual (--prune-residual) would free {residual} of them" if residual else ""
     reasons: Counter[str] = Counter()
     for group in dependencies.frozen:
         if group.cause not in (OUTPUT, RESIDUAL):
