@@ -73,6 +73,7 @@ def export(
     from secateur.experiments.other_formats import FORMATS, export_as
     from secateur.experiments.run_folder import fetched, load_pruned, read_origin
     from secateur.graph.forward import with_inputs
+    from secateur.integrations.hub import address_in
     from secateur.pipeline.verdict import slower_notices
 
     is_onnx, suffix = file_format == "onnx", _suffix(file_format, int8=int8, opset=opset)
@@ -80,9 +81,9 @@ def export(
     _check_used(config_options, int8=int8, latency=latency, is_timed=is_timed)
     if out is not None:
         check_suffix(out, suffix, file_format)
-    folder, run = run, fetched(run)
-    if run != folder and out is None:
+    if out is None and address_in(run) is not None:
         raise UsageError("name the file with --out: a repository on the Hub is not written to")
+    folder, run = run, fetched(run)
     path = out or run / f"model{suffix}"
     for file in (path, *(int8_files(file_format, path) if int8 else ())):
         check_free(file, overwrite=overwrite)
