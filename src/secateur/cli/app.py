@@ -90,9 +90,7 @@ def main() -> None:
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
     except KeyboardInterrupt as stop:
         if os.environ.get("RANK", "0") == "0":
-            from secateur.cli.console import err
-
-            err().print("; ".join(["interrupted", *getattr(stop, "__notes__", ())]))
+            _show_stop(stop)
         sys.exit(exit_code(stop))
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,6 +104,18 @@ def main() -> None:
         if reason is None or "--debug" in sys.argv:
             raise
         _fail(reason, 1)
+
+
+def _show_stop(stop: BaseException) -> None:
+    """Print that the process was interrupted, and what the commands have noted on that."""
+    from secateur.cli.console import err, escaped
+
+    words = ["interrupted"]
+    error: BaseException | None = stop
+    while error is not None:
+        words += getattr(error, "__notes__", ())
+        error = error.__cause__
+    err().print(escaped("; ".join(words)), highlight=False)
 
 
 def _fail_usage(error: Any) -> NoReturn:

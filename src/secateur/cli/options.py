@@ -314,9 +314,25 @@ def assigned(texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
             yield key, value  # text without quotes
 
 
+class Stopped(BaseException):
+    """Passes a request to stop, its cause, through typer, which ends the process on others."""
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if any; only the main one prints results."""
+    """Join the processes that torchrun started, if any; only the main one prints results.
+
+    Raises `Stopped` on a request to stop.
+    """
+    try:
+        with _process_group():
+            yield
+    except KeyboardInterrupt as stop:
+        raise Stopped from stop
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return

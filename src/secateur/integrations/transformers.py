@@ -57,8 +57,7 @@ def build(name: str, *, num_classes: int | None = None) -> nn.Module:
 @contextlib.contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Show none of transformers' own progress bars in the block."""
-    from transformers.utils import logging
-
+    logging = _library().utils.logging
     was_enabled = logging.is_progress_bar_enabled()
     if was_enabled:
         logging.disable_progress_bar()
