@@ -357,6 +357,13 @@ def test_widths_are_multiples_of_4_unless_that_removes_too_much(
     count = channels - len(plan.removed[name])
     assert count == int(fraction * channels)
     assert math.gcd(count, 4) == multiple
+    kept = {
+        4: "",
+        2: "Layers keep filters in multiples of 2: ",
+        1: "Layers keep any number of filters",
+    }
+    assert plan.note.startswith(kept[multiple])
+    assert bool(plan.note) == (multiple < 4)
 
 
 def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Generator) -> None:

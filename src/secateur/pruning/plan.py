@@ -36,6 +36,7 @@ from secateur.pruning.multiples import (
     Multiples,
     default_multiples,
     filters_of,
+    finer_multiples_note,
     groups_in_blocks,
 )
 from secateur.pruning.ranking import Ranking, rank
@@ -71,6 +72,8 @@ class PruningPlan:
     """Convolutions that become two, one after the other, with the channels in between."""
     dropped: tuple[str, ...] = ()
     """Residual branches that a constant takes the place of, in the order of execution."""
+    note: str = field(default="", compare=False)
+    """What to know of how the plan was made, if anything; not written with it."""
 
     def to_json(self) -> str:
         """Return the plan as JSON text with its schema version and hash."""
@@ -204,15 +207,19 @@ def make_plan(  # public: one keyword for each thing that a user may set
         # Rounded up, so that the plan does not exceed its own budget.
         target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
     removed = ranking.removed(counts)
+    is_finer = multiples != choices[0]
+    note = finer_multiples_note(multiples, choices[0], target) if is_finer else ""
     if allocation.rule != "sensitivity":
-        return PruningPlan(removed, target, criterion, architecture)
+        return PruningPlan(removed, target, criterion, architecture, note=note)
     actions = allocation.actions
     ranks = ActionSavings(actions, dependencies, target.quantity, latency).ranks(counts, removed)
     dropped = actions.branches.dropped(counts)
     inside = actions.inside(dependencies)
     gone = {name for branch in dropped for name in inside[BRANCH_OF + branch]}
     removed = {name: filters for name, filters in removed.items() if name not in gone}
-    return PruningPlan(removed, target, criterion, architecture, ranks=ranks, dropped=dropped)
+    return PruningPlan(
+        removed, target, criterion, architecture, ranks=ranks, dropped=dropped, note=note
+    )
 
 
 def _counts(
