@@ -35,6 +35,7 @@ from secateur.experiments import run as runs
 from secateur.experiments.inspect import filters_needed
 from secateur.models import zoo
 from secateur.pruning.outcome import SENSITIVITY_COLUMNS
+from secateur.runtime.errors import DataError
 from secateur.runtime.timing import Rounds
 from secateur.scoring import concepts
 
@@ -809,19 +810,22 @@ def test_brackets_in_a_message_are_shown(call: Call, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+def test_an_interrupt_is_said_and_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     weights = tmp_path / "w.safetensors"
     save_file(zoo.load("resnet20").state_dict(), weights)
     out = tmp_path / "runs" / "run"
     arguments = ["prune", "-m", "resnet20", "-w", str(weights), "-d", "digits", "-o", str(out)]
     code = "from secateur.cli.app import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments, "--epochs", "50"])
+    command = [sys.executable, "-c", code, *arguments, "--epochs", "50"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not out.parent.is_dir() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(sent)
     try:
-        assert process.wait(timeout=60) == 130
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 128 + sent
+        assert said.splitlines()[-1] == "interrupted; nothing was written"
     finally:
         process.kill()
     assert list(out.parent.iterdir()) == []
@@ -866,7 +870,7 @@ def test_an_interrupted_fine_tuning_is_resumed(
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 143
     *lines, last = said.splitlines()
     assert last == f"interrupted; the same command with --resume resumes from {stopped}"
     assert all(line.startswith(("stages: ", "score ", "refit: ", "epoch ")) for line in lines)
@@ -1205,6 +1209,10 @@ def test_evaluate_a_run_beside_its_original(call: Call, digits_run: DigitsRun) -
     ]
 
 
+def failing(*arguments: object, **options: object) -> None:
+    raise DataError("nothing is left")
+
+
 def test_export_to_int8_scores_both_files_and_times_them(
     call: Call, digits_run: DigitsRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1234,11 +1242,21 @@ def test_export_to_int8_scores_both_files_and_times_them(
         (["--format", "nothing"], "there is no format 'nothing'"),
         (["--format", "torchscript"], "torch advises against TorchScript"),
         (["--data", "digits", "--overwrite"], "--data is for --int8"),
+        (["--set", "plan.rounds=2", "--int8"], "--set plan.rounds has no meaning for an export"),
         (["--data", f"folder:{photos}", "--int8", "--overwrite"], "has other classes than the run"),
     ):
         outcome = call("export", digits_run.folder, "--out", path, *options)
         assert outcome.code in (1, 2)
         assert words in outcome.err
+    missing = ["--int8", "--data", f"folder:{tmp_path / 'none'}"]
+    outcome = call("export", digits_run.folder, "--out", tmp_path / "new" / "a.onnx", *missing)
+    assert outcome.code == 1
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(int8_export, "evaluate", failing)
+    before = {file: file.read_bytes() for file in tmp_path.glob("*.onnx")}
+    outcome = call(*arguments, "--overwrite")
+    assert "error: nothing is left" in outcome.err
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.onnx")} == before
     outcome = call("evaluate", digits_run.folder, "--set", "data.keep_classes=1,3")
     assert outcome.code == 2
     assert "a run's classes are those that it was pruned for" in outcome.err

@@ -236,10 +236,12 @@ def test_a_dry_run_writes_nothing(
         "report",
         "all",
     ]
-    app([*arguments, "--json"], standalone_mode=False)
+    monkeypatch.setattr("secateur.pipeline.inputs.find_engine", lambda name: None)
+    app([*arguments, "--json", "--engine", "openvino"], standalone_mode=False)
     content = json.loads(capsys.readouterr().out)
-    assert set(content) == {"seconds", "memory_bytes"}
+    assert set(content) == {"seconds", "memory_bytes", "not_counted"}
     assert "fine-tune" in content["seconds"]
+    assert content["not_counted"].startswith("what OpenVINO takes to prepare networks and to time")
     assert not list(tmp_path.iterdir())
 
 

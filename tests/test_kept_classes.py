@@ -238,7 +238,7 @@ def test_a_segmentation_network_is_cut_to_classes(images: Tensor) -> None:
 @pytest.mark.parametrize(
     ("keep", "settings", "message"),
     [
-        ((1,), {}, "names 1: a classifier needs 2 or more"),
+        ((1, 1), {}, "names one class only, 1: a classifier needs 2 or more different ones"),
         ((1, 7), {}, "there is no class 7: they are numbered 0 to 4"),
         ((1, 2), {"model.task": "regression"}, "not of one for regression"),
     ],

@@ -163,9 +163,17 @@ def unlike(generator: torch.Generator) -> list[Tensor]:
 
 
 def test_a_clip_on_disk_knows_the_colours(
-    colour_clip: Path, generator: torch.Generator, offline: None
+    colour_clip: Path,
+    generator: torch.Generator,
+    offline: None,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    from transformers.utils import logging
+
+    capfd.readouterr()
     model = load_image_text_model(colour_clip)
+    assert capfd.readouterr() == ("", "")  # no progress bar of transformers
+    assert logging.is_progress_bar_enabled()
     words = list(COLOURS)
     images = model.embed_images(list(paint(words, 24, generator)))
     texts = model.embed_texts(words)

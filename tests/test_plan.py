@@ -159,7 +159,7 @@ def test_a_target_out_of_reach_says_how_far_one_can_go(generator: torch.Generato
     reached = dependencies.macs(least) / dependencies.macs()
     expected = (
         rf"target macs=0.01 .* {reached:.3f} of the macs .* 2 prunable groups "
-        r"\(11 filters are frozen; prune_residual would free 6 of them; "
+        r"\(11 filters are frozen; prune_residual \(--prune-residual\) would free 6 of them; "
     )
     with pytest.raises(TargetError, match=expected):
         make_plan(scores, dependencies, Budget("macs", 0.01), "random")
@@ -357,6 +357,13 @@ def test_widths_are_multiples_of_4_unless_that_removes_too_much(
     count = channels - len(plan.removed[name])
     assert count == int(fraction * channels)
     assert math.gcd(count, 4) == multiple
+    kept = {
+        4: "",
+        2: "Layers keep filters in multiples of 2: ",
+        1: "Layers keep any number of filters",
+    }
+    assert plan.note.startswith(kept[multiple])
+    assert bool(plan.note) == (multiple < 4)
 
 
 def test_rounding_counts_filters_where_several_go_at_once(generator: torch.Generator) -> None:
@@ -381,5 +388,5 @@ def test_every_group_keeps_the_requested_minimum(generator: torch.Generator) -> 
     assert min(kept_counts(dependencies, plan).values()) >= 4
     with pytest.raises(TargetError, match="out of reach"):
         make_plan(scores, dependencies, Budget("filters", 0.2), "random", min_filters=4)
-    with pytest.raises(TargetError, match="in multiples of 8: a smaller round_to reaches further"):
+    with pytest.raises(TargetError, match=r"in multiples of 8: a smaller round_to \(--round-to\)"):
         make_plan(scores, dependencies, Budget("filters", 0.2), "random", round_to=8)

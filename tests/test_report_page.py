@@ -205,6 +205,9 @@ def test_a_printed_page_has_its_pictures(page: Page) -> None:
     page.emulate_media(media="print", color_scheme="dark")
     assert background(page) == "rgb(251, 251, 248)"
     expect(page.locator("#controls")).to_be_hidden()
+    head = page.locator("#concept-map thead").first
+    expect(head).to_have_css("display", "table-header-group")  # stands on every page
+    expect(head.locator("button").first).to_have_css("display", "contents")
     page.set_viewport_size({"width": 688, "height": 1017})  # A4 without its margins
     height = page.evaluate(
         "Math.max(...[...document.querySelectorAll('#filters > li')].map(one => one.offsetHeight))"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from processes import context
-from secateur.runtime.signals import INTERRUPTED, defer_signals, repeat_signals
+from secateur.runtime.signals import StopRequest, defer_signals, exit_code, repeat_signals
 
 
 def wait(folder: Path) -> None:
@@ -49,15 +49,15 @@ def deferred(folder: Path) -> None:
         while not signals.is_pending:
             time.sleep(0.01)
         (folder / "done").touch()
-    raise KeyboardInterrupt
+    raise StopRequest(signals.number)
 
 
 def work(job: Callable[[Path], None], folder: Path) -> None:
     try:
         with repeat_signals():
             job(folder)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        sys.exit(exit_code(stop))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -79,7 +79,7 @@ def test_the_process_ends_in_time(
     start = time.monotonic()
     os.kill(process.pid, sent)
     process.join(30)
-    assert process.exitcode == INTERRUPTED
+    assert process.exitcode == {signal.SIGINT: 130, signal.SIGTERM: 143}[sent]
     assert time.monotonic() - start >= least
     assert (tmp_path / "done").exists() == (job is deferred)
 

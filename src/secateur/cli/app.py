@@ -29,7 +29,7 @@ from secateur.cli.commands.train import train
 from secateur.config import BaseConfig, RunConfig
 from secateur.runtime.errors import SecateurError, UsageError
 from secateur.runtime.kept_memory import kept_memory
-from secateur.runtime.signals import INTERRUPTED, repeat_signals
+from secateur.runtime.signals import exit_code, repeat_signals
 from secateur.runtime.version import __version__
 
 app: typer.Typer = typer.Typer(
@@ -66,7 +66,7 @@ options.command(app, RunConfig, FINETUNE_KEYS, is_made=False, default="the run's
 options.command(app, BaseConfig, TRAIN_KEYS)(train)
 options.command(app, RunConfig, EVALUATE_KEYS, is_made=False)(evaluate)
 options.command(app, RunConfig, INSPECT_KEYS, is_made=False)(inspect)
-options.command(app, RunConfig, EXPORT_KEYS, is_made=False)(export)
+options.command(app, RunConfig, EXPORT_KEYS, is_made=False, default="the run's")(export)
 app.command()(push)
 app.command()(options.with_processes(report))
 app.command()(options.with_processes(models))
@@ -75,7 +75,7 @@ app.command()(options.with_processes(demo))
 
 
 def main() -> None:
-    """Run the command line and exit: 0, 1 on an error, 2 on wrong usage, 130 on an interrupt.
+    """Run the command line and exit: 0, 1 on an error, 2 on wrong usage, 130 or 143 on a signal.
 
     An error of secateur becomes one line on stderr; `--debug` shows its traceback. Of several
     processes, as torchrun starts them, only the main one prints results and progress.
@@ -88,8 +88,10 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            _show_stop(stop)
+        sys.exit(exit_code(stop))
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -104,6 +106,18 @@ def main() -> None:
         _fail(reason, 1)
 
 
+def _show_stop(stop: BaseException) -> None:
+    """Print that the process was interrupted, and what the commands have noted on that."""
+    from secateur.cli.console import err, escaped
+
+    words = ["interrupted"]
+    error: BaseException | None = stop
+    while error is not None:
+        words += getattr(error, "__notes__", ())
+        error = error.__cause__
+    err().print(escaped("; ".join(words)), highlight=False)
+
+
 def _fail_usage(error: Any) -> NoReturn:
     """Print an error of typer's in one line that says what to do, or the help where it asks so."""
     command = "secateur" if error.ctx is None else error.ctx.command_path
@@ -114,7 +128,14 @@ def _fail_usage(error: Any) -> NoReturn:
         print(error.ctx.get_help())
         sys.exit(2)
     if message.startswith("Got unexpected extra argument"):
-        message += ": options need their names, such as --model resnet20 --data digits"
+        first = message.partition("(s) (")[2].removesuffix(")").partition(" ")[0]
+        if first.startswith("hf://") or os.path.isfile(os.path.join(first, "manifest.json")):
+            message += (
+                ": this command takes a network, --model NAME, and no pruned one; evaluate, export "
+                "and report take a run folder"
+            )
+        else:
+            message += ": options need their names, such as --model resnet20 --data digits"
     _fail(f"{message} ({command} --help lists the options)", 2)
 
 

@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -56,6 +56,11 @@ class Key:
         """The option as a Python parameter."""
         return self.path.replace(".", "_")
 
+    @property
+    def option(self) -> str:
+        """The option as it is typed."""
+        return (self.flags or ("--" + self.path.rpartition(".")[2].replace("_", "-"),))[0]
+
 
 MODEL = Key("model.name", DATA, ("--model", "-m"), completion.networks)
 WEIGHTS = Key("model.weights", DATA, ("--weights", "-w"))
@@ -80,7 +85,7 @@ SEED = Key("seed", OUTPUT)
 NAMING_MODEL = Key("report.naming_model", OUTPUT)
 VOCABULARY = Key("report.vocabulary", OUTPUT)
 
-RUN_OR_ADDRESS = "A run folder, or hf://OWNER/NAME[@REVISION] on the Hugging Face Hub."
+RUN_OR_ADDRESS = r"A run folder, or hf://OWNER/NAME\[@REVISION] on the Hugging Face Hub."
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -190,7 +195,7 @@ def command(
         def run(**values: Any) -> None:
             options = ConfigOptions(
                 file=values.pop("config", None),
-                values=tuple((key.path, values.pop(key.name)) for key in keys),
+                values=tuple((key, values.pop(key.name)) for key in keys),
                 assignments=tuple(values.pop("settings") or ()),
             )
             with processes():
@@ -220,17 +225,32 @@ class ConfigOptions:
     """What the command line says of the configuration, before it is put on top of anything."""
 
     file: Path | None
-    values: tuple[tuple[str, Any], ...]
-    """Dotted keys with values; None for options that were not used."""
+    values: tuple[tuple[Key, Any], ...]
+    """Keys with values; None for options that were not used."""
     assignments: tuple[str, ...]
     """Texts such as `data.batch_size=50`."""
 
     def changes(self) -> dict[str, Any]:
         """Return the dotted keys that were set, `--set` last."""
-        return {
-            **{key: _plain(value) for key, value in self.values if value not in (None, [])},
-            **dict(assigned(self.assignments)),
-        }
+        used = {key.path: _plain(value) for key, value in self.values if is_used(value)}
+        return {**used, **dict(assigned(self.assignments))}
+
+    def typed(self) -> dict[str, str]:
+        """Return the dotted keys that were set, and how: the option, or `--set KEY`."""
+        used = {key.path: key.option for key, value in self.values if is_used(value)}
+        return {**used, **{key: f"--set {key}" for key, _ in assigned(self.assignments)}}
+
+    def refuse(self, reason: str, *names: str) -> None:
+        """Raise `UsageError` with the reason if one of some keys or sections was set."""
+        for key, option in self.typed().items():
+            if _is_of(key, names):
+                raise UsageError(f"{option} {reason}")
+
+    def refuse_others(self, reason: str, *names: str) -> None:
+        """Raise `UsageError` with the reason if a key was set, but those keys and sections."""
+        for key, option in self.typed().items():
+            if not _is_of(key, names):
+                raise UsageError(f"{option} {reason}")
 
     def make(
         self,
@@ -252,7 +272,7 @@ class ConfigOptions:
         for section, key, advice in REQUIRED:
             if key not in table_of(tables, section):
                 raise UsageError(advice)
-        return from_dict(tables, kind)
+        return from_dict(tables, kind, self.typed())
 
 
 REQUIRED = (
@@ -270,6 +290,18 @@ REQUIRED = (
 """Keys that a configuration needs, and what to do without."""
 
 
+def is_used(value: object) -> bool:
+    """Return whether an option's value is one that was typed."""
+    return value is not None and value != []
+
+
+def refuse(reason: str, **values: object) -> None:
+    """Raise `UsageError` with the reason if one of some options, by name, was used."""
+    for name, value in values.items():
+        if is_used(value) and value is not False:
+            raise UsageError(f"--{name.replace('_', '-')} {reason}")
+
+
 def assigned(texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """Yield dotted keys and values of texts such as `finetune.mixup=0.2`, values as in TOML."""
     for text in texts:
@@ -282,9 +314,25 @@ def assigned(texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
             yield key, value  # text without quotes
 
 
+class Stopped(BaseException):
+    """Passes a request to stop, its cause, through typer, which ends the process on others."""
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if any; only the main one prints results."""
+    """Join the processes that torchrun started, if any; only the main one prints results.
+
+    Raises `Stopped` on a request to stop.
+    """
+    try:
+        with _process_group():
+            yield
+    except KeyboardInterrupt as stop:
+        raise Stopped from stop
+
+
+@contextlib.contextmanager
+def _process_group() -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -295,6 +343,11 @@ def processes() -> Iterator[None]:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         yield
+
+
+def _is_of(key: str, names: Collection[str]) -> bool:
+    """Return whether a key or its section is among some names."""
+    return key in names or key.partition(".")[0] in names
 
 
 def _plain(value: Any) -> Any:
@@ -311,7 +364,7 @@ def _parameter(kind: type[Section], key: Key, default: str | None) -> inspect.Pa
     """Return the parameter that typer makes an option of."""
     field = _field(kind, key.path)
     annotation = _option_type(field.annotation)
-    flags = key.flags or ("--" + key.path.rpartition(".")[2].replace("_", "-"),)
+    flags = key.flags or (key.option,)
     if annotation is bool:
         flags = (f"{flags[0]}/--no-{flags[0].removeprefix('--')}",)
     option = typer.Option(

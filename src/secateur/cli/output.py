@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from secateur.cli.console import err, escaped, out
+from secateur.cli.console import escaped, out
 from secateur.config import ENGINE_TITLES, EngineName
 from secateur.experiments import run_folder
 from secateur.experiments.evaluate import Evaluation
@@ -53,12 +53,15 @@ BAR = 8
 
 @contextlib.contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """If the block is interrupted, say how to resume from the checkpoints in a folder."""
+    """If the block is interrupted, say what a folder keeps of its work, and how to resume."""
+    existed = folder.exists()
     try:
         yield
-    except KeyboardInterrupt:
-        if (folder / run_folder.CHECKPOINTS).is_dir():
-            err().print(f"interrupted; the same command with --resume resumes from {folder}")
+    except KeyboardInterrupt as stop:
+        if (folder / run_folder.CHECKPOINTS).is_dir() or (not existed and folder.exists()):
+            stop.add_note(f"the same command with --resume resumes from {folder}")
+        else:
+            stop.add_note(f"{folder} is as it was" if existed else "nothing was written")
         raise
 
 

@@ -6,6 +6,7 @@ module imports no torch, so that help and shell completion are quick.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -228,19 +229,27 @@ class PlanSection(Section):
         is_sized = self.max_drop is not None or self.budget.quantity == "latency"
         if self.trials > 1 and (self.allocation != "sensitivity" or is_sized):
             raise ValueError(
-                "trials need allocation = 'sensitivity' and a target of macs, params, filters or "
-                "memory, without max_drop"
+                "trials (--trials) need allocation = 'sensitivity' and a target of macs, params, "
+                "filters or memory, without max_drop (--max-drop)"
             )
         return self
 
     @model_validator(mode="after")
     def _check_shares(self) -> PlanSection:
         if (self.allocation == "shares") != bool(self.shares):
-            raise ValueError("allocation = 'shares' and a table of shares belong together")
+            raise ValueError(
+                "allocation = 'shares' and a table of shares (--shares FILE) belong together"
+            )
         if self.shares and self.max_drop is not None:
-            raise ValueError("max_drop searches for a size, and shares set one: choose one of them")
+            raise ValueError(
+                "max_drop (--max-drop) searches for a size, and shares (--shares) set one: choose "
+                "one of them"
+            )
         if self.rounds > 1 and (self.shares or self.max_drop is not None):
-            raise ValueError("rounds need the target's fraction: drop shares and max_drop")
+            raise ValueError(
+                "rounds (--rounds) need the target's fraction: leave shares (--shares) and "
+                "max_drop (--max-drop) out"
+            )
         return self
 
 
@@ -304,7 +313,10 @@ class ReportSection(Section):
     @model_validator(mode="after")
     def _check_vocabulary(self) -> ReportSection:
         if self.vocabulary is not None and self.naming_model is None:
-            raise ValueError("a vocabulary needs a naming_model, which fits its words to filters")
+            raise ValueError(
+                "vocabulary (--vocabulary) needs naming_model (--naming-model), which fits its "
+                "words to filters"
+            )
         return self
 
 
@@ -381,11 +393,14 @@ def to_toml(config: RunConfig) -> str:
 AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
-def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
+def from_dict(
+    content: dict[str, Any], kind: type[AnyConfig], typed: Mapping[str, str] | None = None
+) -> AnyConfig:
     """Return the configuration in nested tables.
 
     Raises:
-        UsageError: a key or a value is wrong; the message names the key.
+        UsageError: a key or a value is wrong; the message names the key, or what the user has
+            `typed` for it, such as the option `--epochs` for `finetune.epochs`.
     """
     try:
         return kind.model_validate(content)
@@ -396,7 +411,7 @@ def from_dict(content: dict[str, Any], kind: type[AnyConfig]) -> AnyConfig:
             raise UnknownName("key of the configuration", key, keys_of(kind)) from error
         more = error.error_count() - 1
         tail = f" (and {more} more)" if more else ""
-        place = f"configuration, {key}" if key else "configuration"
+        place = (typed or {}).get(key) or (f"configuration, {key}" if key else "configuration")
         raise UsageError(f"{place}: {describe_error(first)}{tail}") from error
 
 

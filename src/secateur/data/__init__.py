@@ -50,6 +50,7 @@ from secateur.data.unlabelled import read_unlabelled
 from secateur.data.unreadable import Unreadable, read_batch
 from secateur.data.yolo import read_yolo
 from secateur.runtime.errors import DataError, UnknownName, UsageError
+from secateur.runtime.local_path import check_local
 
 __all__ = [
     "Batch",
@@ -206,6 +207,7 @@ def _read(name: str, kind: str, directory: str, ignore_index: int | None) -> Spl
         raise UnknownName("data set", kind, [*readers, HUGGING_FACE, DIGITS, SYNTHETIC])
     if not directory:
         raise UsageError(f"data set {name!r} needs a folder: {kind}:DIR")
+    check_local(directory)
     path = Path(directory).expanduser()
     if path.is_file() and kind not in KINDS_IN_FILES:
         archive = ": unpack it, and name the folder that it makes" if is_archive(path) else ""

@@ -114,6 +114,8 @@ def read_hugging_face(name: str, ignored: int | None = None) -> Splits:
     `DatasetDict.save_to_disk` wrote. `ignored` is as in `read_segmentation`. Raises `UsageError` or
     `DataError`.
     """
+    if name.startswith("//"):
+        raise UsageError(f"data set 'hf:{name}': write hf:{name.strip('/')}")
     try:
         import datasets
     except ImportError as error:

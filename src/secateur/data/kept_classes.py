@@ -42,7 +42,7 @@ def find_classes(wanted: Sequence[str], names: Sequence[str], of: int) -> KeptCl
 
     An entry may list several, separated by commas. Where the data has no `names`, 1,000 outputs are
     those of ImageNet. Raises `UnknownName` for a name that no class has, and `UsageError` for a
-    number out of range or a name that two classes have.
+    number out of range or a name that two classes have. A class may be named twice.
     """
     if not names and of == len(class_names()):
         names = tuple(class_names().values())

@@ -33,7 +33,8 @@ class OpenVino(FileEngine):
                 "OpenVINO needs the extra: pip install 'secateur[openvino]' "
                 f"(no module {error.name})"
             ) from error
-        self.version: str = str(openvino.__version__)
+        # Behind the version come the number and the branch of the build.
+        self.version: str = str(openvino.__version__).partition("-")[0]
 
     def load_file(self, path: Path, inputs: Sequence[Tensor]) -> Action:
         """Return what runs a file on inputs; see `FileEngine`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.config import EngineName, RunConfig
-from secateur.data import draw_calibration_images
+from secateur.data import DataSet, draw_calibration_images
 from secateur.engines.engine import Action, Program
 from secateur.engines.file_engine import arrays_of
 from secateur.engines.flat_network import inputs_in, run_flat
@@ -34,7 +34,7 @@ from secateur.engines.quantised_program import (
     quantise_executorch,
 )
 from secateur.experiments.engine_times import engine_time
-from secateur.experiments.evaluate import load_data_for, task_and_metric
+from secateur.experiments.evaluate import task_and_metric
 from secateur.experiments.onnx_export import LATENCY_BATCHES, LATENCY_ROUNDS, Latency
 from secateur.experiments.other_formats import (
     load_executorch,
@@ -203,10 +203,10 @@ def exported_times(latencies: Sequence[Latency], quantised: Int8Result | None) -
 
 
 def export_int8(
-    run: Path,
     quantiser: Quantiser,
     network: nn.Module,
     file: Path,
+    dataset: DataSet,
     config: RunConfig,
     run_context: RunContext,
     *,
@@ -215,14 +215,13 @@ def export_int8(
 ) -> Int8Result:
     """Quantise the file of a run's network, score both on the test images and time both.
 
-    `network` is that of the folder `run`, whose inputs are those of the file; `config` is the run's
-    configuration with the data where they are now. At most `CALIBRATION_IMAGES` of the training
-    images set the ranges of activations, drawn as the run's calibration images are. The `original`
-    is timed only: the values of its weights don't matter. Nothing is timed unless `is_timed`.
-    Raises `SecateurError`, also if the data have other classes than the run's.
+    `network` is the run's, whose inputs are those of the file; `config` is the run's configuration,
+    and `dataset` the data as the network takes them (`load_data_for`). At most `CALIBRATION_IMAGES`
+    of the training images set the ranges of activations, drawn as the run's calibration images are.
+    The `original` is timed only: the values of its weights don't matter. Nothing is timed unless
+    `is_timed`. Raises `SecateurError`.
     """
     path = int8_path(file)
-    dataset = load_data_for(run, config, network)
     config = resolve_config(config, dataset, network)
     reader = make_reader(config, run_context)
     task, metric = task_and_metric(network, network, dataset, config, run_context)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +22,16 @@ from secateur.engines.flat_network import inputs_in, outputs_error, run_flat
 from secateur.engines.onnx_file import Images, cause, check_packages, write_onnx
 from secateur.engines.onnxruntime import onnx_runner
 from secateur.engines.registry import find_engine
+from secateur.experiments.exported_file import check_suffix, written_whole
 from secateur.graph.forward import with_forward, with_inputs
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.network_graph import Forward
 from secateur.graph.wrappers import unwrapped
-from secateur.runtime.atomic_io import make_folder, move_file
 from secateur.runtime.errors import ExportError
 from secateur.runtime.packed_inputs import Inputs, Parameters, parameters_of, read_inputs
 from secateur.runtime.timing import Rounds, interleaved_medians
 
+SUFFIX = ".onnx"
 TOLERANCE = 1e-4
 """Relative difference from PyTorch's outputs below which a file is kept."""
 CHECKED_BATCHES = (1, 3, 8)
@@ -87,17 +88,16 @@ def export_onnx(
     Raises:
         ExportError: the network can't be exported, is too large for one file or fails the check,
             or `path` exists and `overwrite` is not set.
-        UsageError: the extra `export` is not installed.
+        UsageError: the extra `export` is not installed, or `path` does not end in `.onnx`.
     """
     check_packages()
     model, path = unwrapped(model), Path(path)
     parameters = parameters_of(model, forward)
     packed, inputs = read_inputs(example, parameters)
     packed = as_input(model, packed)
-    check_free(path, overwrite=overwrite)
+    check_suffix(path, SUFFIX, "onnx")
     model = with_inputs(with_forward(model, forward), inputs)
-    with _folder_beside(path) as folder:
-        draft = folder / path.name
+    with written_whole(path, overwrite=overwrite) as draft:
         opset = write_onnx(model, packed, draft, _input_names(inputs, parameters), opset)
         error = _relative_difference(model, packed, draft)
         if not error < TOLERANCE:
@@ -106,16 +106,7 @@ def export_onnx(
                 f"{error:.1e}, and less than {TOLERANCE:.0e} was expected; no file is written"
             )
         size = draft.stat().st_size
-        move_file(draft, path)
     return ExportResult(path, size, opset, error, CHECKED_BATCHES)
-
-
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise `ExportError` if `path` is a folder, or exists and `overwrite` is not set."""
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder, not a file to write")
-    if path.exists() and not overwrite:
-        raise ExportError(f"{path} exists already: choose another file or add --overwrite")
 
 
 def compare_latency(
@@ -158,18 +149,6 @@ def compare_latency(
                 pruned_ms, original_ms = times_ms[name, True], times_ms.get((name, False))
                 latencies.append(Latency(name, batch, pruned_ms, original_ms))
     return tuple(latencies)
-
-
-@contextlib.contextmanager
-def _folder_beside(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder on the disk of `path`; raises `ExportError` if it can't be made."""
-    make_folder(path.parent)
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise ExportError(f"can't write beside {path}: {error}") from error
-    with folder as name:
-        yield Path(name)
 
 
 def _input_names(inputs: Inputs | None, parameters: Parameters) -> tuple[str, ...]:

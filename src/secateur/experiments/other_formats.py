@@ -8,8 +8,6 @@ others of PyTorch's ExportedProgram. TorchScript is not among them: torch itself
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +22,10 @@ from secateur.engines.flat_network import flat_network, inputs_in, outputs_error
 from secateur.engines.onnx_file import Images, cause, check_packages, quiet, write_onnx
 from secateur.engines.onnxruntime import load_onnx
 from secateur.engines.openvino import load_openvino
-from secateur.experiments.onnx_export import TOLERANCE, check_free
+from secateur.experiments.exported_file import PACKAGE, check_suffix, written_whole
+from secateur.experiments.onnx_export import TOLERANCE
 from secateur.graph.module_state import as_input, evaluating
 from secateur.graph.trace import export_program
-from secateur.runtime.atomic_io import make_folder
 from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.timing import repeat_to_batch
 from secateur.runtime.torch_internals import compile_ahead_of_time, load_compiled
@@ -76,17 +74,13 @@ def export_as(
     Raises:
         ExportError: the format can't hold the network, or its outputs differ, or a file that is
             written exists and `overwrite` is not set.
-        UsageError: the format's package is not installed.
+        UsageError: the format's package is not installed, or `path` has not the format's suffix.
     """
     wanted = FORMATS[name]
-    if path.suffix != wanted.suffix:
-        raise UsageError(f"the format {name} needs a file name that ends in {wanted.suffix}")
-    check_free(path, overwrite=overwrite)
+    check_suffix(path, wanted.suffix, name)
     example = as_input(model, repeat_to_batch(example, wanted.batch or 2))
     noise = torch.rand(example.shape, generator=torch.Generator().manual_seed(0)).to(example)
-    make_folder(path.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
+    with written_whole(path, overwrite=overwrite) as draft:
         try:
             with quiet(), evaluating(model), torch.no_grad():
                 wanted.write(model, example, draft)
@@ -110,15 +104,8 @@ def export_as(
                 f"the outputs of the {name} file differ from the network's: relative difference "
                 f"{error:.1e}, and less than {TOLERANCE:.0e} was expected; no file is written"
             )
-        parts = sorted(Path(folder).iterdir())
-        for part in () if overwrite else parts:
-            check_free(path.parent / part.name, overwrite=False)
-        size = sum(part.stat().st_size for part in Path(folder).rglob("*") if part.is_file())
-        for part in parts:
-            place = path.parent / part.name
-            if place.is_dir():
-                shutil.rmtree(place)
-            part.replace(place)
+        parts = draft.parent.rglob("*")
+        size = sum(part.stat().st_size for part in parts if part.is_file())
     return FormatResult(path, name, size, error, wanted.batch)
 
 
@@ -207,7 +194,7 @@ FORMATS: dict[FormatName, _Format] = {
     "ort": _Format(".ort", "secateur[export]", _write_ort, load_onnx),
     "openvino": _Format(".xml", "secateur[openvino]", write_openvino, load_openvino),
     "executorch": _Format(".pte", "executorch>=1.5", write_executorch, load_executorch, batch=1),
-    "coreml": _Format(".mlpackage", "coremltools>=9", _write_coreml, None, batch=1),
+    "coreml": _Format(PACKAGE, "coremltools>=9", _write_coreml, None, batch=1),
     "litert": _Format(".tflite", "litert-torch>=0.10", _write_litert, _load_litert, batch=1),
     "aotinductor": _Format(".pt2", "torch>=2.6", write_aotinductor, load_compiled),
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from secateur.config import RunConfig, from_dict, to_toml
+from secateur.config import USER_CODE_KEYS, RunConfig, from_dict, to_toml
 from secateur.data import DataSet
 from secateur.data.same_classes import compare_classes
 from secateur.experiments import run_folder
@@ -199,6 +199,10 @@ def report(
     check_run_folder(folder)
     result = read_result(folder)
     count = result.config.report.images if images is None else images
+    if count == 0:
+        for key in named or {}:
+            option = USER_CODE_KEYS.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}")
+            raise UsageError(f"{option} is for a report with images: add --images 512")
     sections = _sections(folder, result, named or {}, runs_code=count > 0)
     sections["report"]["images"] = count
     config = from_dict(sections, RunConfig)

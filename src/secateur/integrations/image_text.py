@@ -26,9 +26,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms import v2
 
+from secateur.integrations.transformers import without_progress_bars
 from secateur.runtime.device import CPU
 from secateur.runtime.errors import UsageError, WeightsError
 from secateur.runtime.input_limits import SMALL_TEXT, read_bounded
+from secateur.runtime.local_path import check_local
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
 METHODS = ("get_image_features", "get_text_features")
@@ -89,6 +91,7 @@ def check_image_text_model(folder: str | Path) -> None:
 
     The model is not loaded.
     """
+    check_local(folder)
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UsageError(f"no folder {folder}: name a folder with an image–text model")
@@ -114,7 +117,8 @@ def _load_transformers(folder: Path, device: torch.device) -> ImageTextModel:
 
     def read(kind: Any, part: str, **options: Any) -> Any:
         try:
-            return kind.from_pretrained(folder, **local, **options)
+            with without_progress_bars():
+                return kind.from_pretrained(folder, **local, **options)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
             raise WeightsError(
                 f"the {part} in {folder} can't be loaded: {_first_line(error)}"

@@ -6,7 +6,9 @@ nothing is downloaded. The package is under the Apache License 2.0.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from secateur.data.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from secateur.graph.widths import Widths
 from secateur.runtime.errors import UsageError, WeightsError
+from secateur.runtime.local_path import check_local
 
 WEIGHTS = "model.safetensors"
 IMAGE_SIZE = 224
@@ -28,6 +31,7 @@ def build(name: str, *, num_classes: int | None = None) -> nn.Module:
     `num_classes` is that of a network without weights. Raises `UsageError` if the folder holds no
     network or the package is not installed, and `WeightsError` if the weights can't be read.
     """
+    check_local(name)
     folder, library = Path(name).expanduser(), _library()
     if not (folder / "config.json").is_file():
         raise UsageError(f"no {folder / 'config.json'}: name a folder that save_pretrained wrote")
@@ -42,11 +46,26 @@ def build(name: str, *, num_classes: int | None = None) -> nn.Module:
         model: nn.Module = kind(config)
         return model.eval()
     try:
-        model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with without_progress_bars():
+            model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise WeightsError(f"{folder / WEIGHTS} can't be loaded: {reason}") from error
     return model.eval()
+
+
+@contextlib.contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Show none of transformers' own progress bars in the block."""
+    logging = _library().utils.logging
+    was_enabled = logging.is_progress_bar_enabled()
+    if was_enabled:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def has_weights(name: str) -> bool:

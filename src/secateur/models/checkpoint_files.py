@@ -15,6 +15,7 @@ from secateur.runtime import safetensors_io
 from secateur.runtime.errors import WeightsError
 from secateur.runtime.hashing import file_hash
 from secateur.runtime.input_limits import TEXT, inside, read_bounded
+from secateur.runtime.local_path import check_local
 
 INDEX = ".index.json"
 STANDARD = (
@@ -93,9 +94,8 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        is_address = str(path).startswith(("http:/", "https:/", "hf:/"))
-        hint = ": weights are not fetched from the network, so download the file first"
-        raise WeightsError(f"no weights file {path}{hint if is_address else ''}")
+        check_local(path)
+        raise WeightsError(f"no weights file {path}")
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:

@@ -253,8 +253,8 @@ def _segmentation_task(outputs: Outputs, labels: Sequence[Labels], *, has_labels
     """Return the task of a network that returns a class for each position."""
     if outputs.form != "maps":
         raise UsageError(
-            "model.task = 'segmentation', but the network returns no map of class scores [image, "
-            "class, height, width]"
+            "model.task (--task) = 'segmentation', but the network returns no map of class scores "
+            "[image, class, height, width]"
         )
     classes = max(2, outputs.columns)
     for part in labels:
@@ -271,7 +271,7 @@ def _segmentation_task(outputs: Outputs, labels: Sequence[Labels], *, has_labels
     elif not labels:
         notes.append(
             f"The network's {outputs.columns} channels are read as one logit for each class, at "
-            "each position (model.task says otherwise)."
+            "each position (model.task, --task, says otherwise)."
         )
     return Task("segmentation", outputs.scale, tuple(notes), has_labels=has_labels)
 
@@ -280,13 +280,14 @@ def _class_task(kind: TaskKind, outputs: Outputs, labels: Sequence[Labels]) -> T
     """Return the task of a classifier."""
     if outputs.form != "rows":
         raise UsageError(
-            f"model.task = {kind!r}, but the network returns more than one row of class scores for "
-            "each image: 'segmentation' reads a map of them, 'regression' compares any values"
+            f"model.task (--task) = {kind!r}, but the network returns more than one row of class "
+            "scores for each image: 'segmentation' reads a map of them, 'regression' compares any "
+            "values"
         )
     if (kind == "binary") != (outputs.columns == 1):
         raise UsageError(
-            f"model.task = {kind!r}, but the network has {outputs.columns} outputs: a binary task "
-            "has one, the others have more"
+            f"model.task (--task) = {kind!r}, but the network has {outputs.columns} outputs: a "
+            "binary task has one, the others have more"
         )
     if kind == "multi-label" and outputs.scale in ("softmax", "log-softmax"):
         raise UsageError(

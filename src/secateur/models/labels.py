@@ -104,7 +104,7 @@ def _class_numbers(labels: Tensor, columns: int) -> tuple[Tensor, tuple[str, ...
         value = float(labels[numbers != labels][0])
         raise DataError(
             f"labels hold {value:.4g}, which is not a class number (for a regression set "
-            "model.task = 'regression')"
+            "model.task or --task to regression)"
         )
     if columns > 1:
         check_labels(numbers, columns)
@@ -115,7 +115,7 @@ def _class_numbers(labels: Tensor, columns: int) -> tuple[Tensor, tuple[str, ...
     if not values <= {0, 1}:
         raise DataError(
             f"labels go from {min(values)} to {max(values)}, but the network has one output, whose "
-            "sign says class 0 or 1 (for a regression set model.task = 'regression')"
+            "sign says class 0 or 1 (for a regression set model.task or --task to regression)"
         )
     return numbers, ()
 
@@ -134,7 +134,8 @@ def _rows(labels: Tensor, *, is_several: bool) -> tuple[Tensor, tuple[str, ...]]
         value = float(labels[(labels != 0) & (labels != 1)][0])
         raise DataError(
             f"labels [image, class] hold {value:.4g}: expected 0 or 1 for each class, or "
-            "probabilities that add up to 1 (for a regression set model.task = 'regression')"
+            "probabilities that add up to 1 (for a regression set model.task or --task to "
+            "regression)"
         )
     first, second = labels.topk(2, dim=1).values.T
     if not bool((first > second).all()):

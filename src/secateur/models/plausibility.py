@@ -98,7 +98,7 @@ def find_constant(
             f"the network's one output is {sign} 0 for all {count} {kind} images, so agreement "
             "with it would be 100 % whatever is cut",
             "give images of both classes, with labels 0 and 1 if possible (an output that is not "
-            "the logit of a class needs model.task = 'regression')",
+            "the logit of a class needs model.task or --task regression)",
             is_final=True,
         )
     text = f"the network predicts the same for all {count} {kind} images"

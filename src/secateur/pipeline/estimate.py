@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from secateur.config import RunConfig
+from secateur.config import ENGINE_TITLES, RunConfig
 from secateur.data import DataSet
 from secateur.data.splits import HELD_OUT_EVERY
 from secateur.graph.activation_memory import alive_bytes
@@ -103,6 +103,8 @@ class Estimate:
     """By the title of the stage, in order."""
     memory_bytes: float
     """The most memory that the process takes, with what it has now."""
+    not_counted: str = ""
+    """What takes time, too, but was not estimated; empty if nothing."""
 
     @property
     def total_seconds(self) -> float:
@@ -113,7 +115,10 @@ class Estimate:
         """Return a line for each stage, and one for all of them."""
         lines = [f"{title}: {duration_text(seconds)}" for title, seconds in self.seconds.items()]
         memory = f"{self.memory_bytes / 2**30:.1f} GiB"
-        return "\n".join([*lines, f"all: {duration_text(self.total_seconds)}, {memory}"])
+        lines.append(f"all: {duration_text(self.total_seconds)}, {memory}")
+        if self.not_counted:
+            lines.append(f"not counted: {self.not_counted}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,18 @@ def estimate(
     return Estimate(
         {title: run.seconds(stage, speed) for title, stage in run.stages().items()},
         run.memory(),
+        _not_counted(config),
+    )
+
+
+def _not_counted(config: RunConfig) -> str:
+    """Return what the engine takes, which the estimate leaves out; see `Estimate.not_counted`."""
+    if config.plan.engine == "pytorch":
+        return ""
+    engine = ENGINE_TITLES[config.plan.engine]
+    return (
+        f"what {engine} takes to prepare networks and to time their layers; passes that are timed "
+        "in it count as PyTorch's"
     )
 
 

@@ -55,8 +55,8 @@ def cut_to_classes(
     least = 1 if is_several or config.model.task == "multi-label" else 2
     if len(kept.numbers) < least:
         raise UsageError(
-            f"--keep-classes names {len(kept.numbers)}: a classifier needs {least} or more to "
-            "choose from"
+            f"--keep-classes names one class only, {(*kept.names, *kept.numbers)[0]}: a classifier "
+            f"needs {least} or more different ones to choose from"
         )
     smaller = keep_classes(model, example, kept.numbers)
     before, after = (sum(p.numel() for p in net.parameters()) for net in (model, smaller))

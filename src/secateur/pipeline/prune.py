@@ -199,7 +199,7 @@ def _collect(
         finetuning=None,
         unreadable=unreadable,
         requested_batch_size=this.requested_batch_size,
-        notes=(*notes, *this.notes),
+        notes=(*notes, *this.notes, *filter(None, [plan.note])),
     )
     return Pruned(
         cut.network, plan, result, this.plan_inputs.latency, dependencies, this.predictions
@@ -236,7 +236,7 @@ def _merge(earlier: Pruned, later: Pruned) -> Pruned:
         "equivalence_error": max(later.result.equivalence_error, earlier.result.equivalence_error),
         "groups": groups,
         "frozen": earlier.result.frozen,
-        "notes": earlier.result.notes,
+        "notes": tuple(dict.fromkeys((*earlier.result.notes, *later.result.notes))),
     }
     result = later.result.model_copy(update=changes)
     return replace(earlier, model=later.model, plan=plan, result=result)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from secateur.config import Budget
 from secateur.graph.dependency import NOT_PRUNABLE, DependencyGraph
 from secateur.graph.groups import Group
 from secateur.graph.network_graph import argument
@@ -20,6 +21,15 @@ class Multiples(NamedTuple):
     """Of groups in general."""
     in_blocks: int
     """Of groups that are cut by whole blocks (`groups_in_blocks`)."""
+
+    def __str__(self) -> str:
+        """Return the multiples in words."""
+        if self.in_blocks == self.general:
+            return f"multiples of {self.general}"
+        return (
+            f"multiples of {self.general} ({self.in_blocks} in wide layers and where feature maps "
+            "are concatenated)"
+        )
 
 
 FREE = Multiples(1, 1)
@@ -52,6 +62,15 @@ def default_multiples(engine_multiple: int, *, has_blocks: bool) -> tuple[Multip
             for multiples in (*needed, *DEFAULT_MULTIPLES)
             if has_blocks or multiples.general == multiples.in_blocks
         )
+    )
+
+
+def finer_multiples_note(multiples: Multiples, refused: Multiples, budget: Budget) -> str:
+    """Return that a plan keeps finer multiples than the default ones, and why."""
+    kept = "any number of filters" if multiples == FREE else f"filters in {multiples}"
+    return (
+        f"Layers keep {kept}: in {refused}, no plan ends near {budget}. An engine may take longer "
+        f"for such numbers; --round-to {refused.general} insists on multiples of them."
     )
 
 

@@ -36,6 +36,7 @@ from secateur.pruning.multiples import (
     Multiples,
     default_multiples,
     filters_of,
+    finer_multiples_note,
     groups_in_blocks,
 )
 from secateur.pruning.ranking import Ranking, rank
@@ -71,6 +72,8 @@ class PruningPlan:
     """Convolutions that become two, one after the other, with the channels in between."""
     dropped: tuple[str, ...] = ()
     """Residual branches that a constant takes the place of, in the order of execution."""
+    note: str = field(default="", compare=False)
+    """What to know of how the plan was made, if anything; not written with it."""
 
     def to_json(self) -> str:
         """Return the plan as JSON text with its schema version and hash."""
@@ -204,15 +207,19 @@ def make_plan(  # public: one keyword for each thing that a user may set
         # Rounded up, so that the plan does not exceed its own budget.
         target = Budget(target.quantity, min(1.0, math.ceil(achieved * 1e4) / 1e4))
     removed = ranking.removed(counts)
+    is_finer = multiples != choices[0]
+    note = finer_multiples_note(multiples, choices[0], target) if is_finer else ""
     if allocation.rule != "sensitivity":
-        return PruningPlan(removed, target, criterion, architecture)
+        return PruningPlan(removed, target, criterion, architecture, note=note)
     actions = allocation.actions
     ranks = ActionSavings(actions, dependencies, target.quantity, latency).ranks(counts, removed)
     dropped = actions.branches.dropped(counts)
     inside = actions.inside(dependencies)
     gone = {name for branch in dropped for name in inside[BRANCH_OF + branch]}
     removed = {name: filters for name, filters in removed.items() if name not in gone}
-    return PruningPlan(removed, target, criterion, architecture, ranks=ranks, dropped=dropped)
+    return PruningPlan(
+        removed, target, criterion, architecture, ranks=ranks, dropped=dropped, note=note
+    )
 
 
 def _counts(
@@ -320,7 +327,9 @@ def _check_reach(
     text = ", ".join(smallest) or "no convolution to split and no residual branch to drop"
     hint = "add channels to the actions to remove filters as well"
     if multiples.general > 1:
-        text += f", in multiples of {multiples.general}: a smaller round_to reaches further"
+        text += (
+            f", in multiples of {multiples.general}: a smaller round_to (--round-to) goes further"
+        )
     raise TargetError(
         f"target {target} is out of reach: at least {least:.3f} of the {target.quantity} remain, "
         f"with {text} ({hint if allocation.keeps_channels else _frozen_hint(dependencies)})"
@@ -331,7 +340,7 @@ def _frozen_hint(dependencies: DependencyGraph) -> str:
     """Return how many filters are frozen, and what might free them."""
     frozen = sum(group.size for group in dependencies.frozen)
     residual = sum(group.size for group in dependencies.frozen if group.reason == RESIDUAL)
-    hint = f"; prune_residual would free {residual} of them" if residual else ""
+    hint = f"; prune_residual (--prune-residual) would free {residual} of them" if residual else ""
     reasons: Counter[str] = Counter()
     for group in dependencies.frozen:
         if group.cause not in (OUTPUT, RESIDUAL):

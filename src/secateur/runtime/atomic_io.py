@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from secateur.runtime.errors import WriteError
+from secateur.runtime.local_path import check_local
 
 UNFINISHED = ".unfinished"
 """Suffix of a file or folder that is being written."""
@@ -56,8 +57,10 @@ def append_line(path: Path, line: str) -> None:
 def make_folder(path: Path) -> None:
     """Create a folder that the user names, and its parents; raises `WriteError`.
 
-    If the path is a symbolic link to a folder, that folder is used; see `make_inner_folder`.
+    If the path is a symbolic link to a folder, that folder is used; see `make_inner_folder`. Raises
+    `UsageError` if it is an address.
     """
+    check_local(path, is_output=True)
     with _as_write_error(path):
         path.mkdir(parents=True, exist_ok=True)
 

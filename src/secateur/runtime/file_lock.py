@@ -16,6 +16,7 @@ import filelock
 
 from secateur.runtime import distributed
 from secateur.runtime.errors import RunFolderError
+from secateur.runtime.local_path import check_local
 
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 """Errors of file systems that have no locks."""
@@ -44,6 +45,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def lock_exclusively(folder: Path) -> Iterator[None]:
     """Lock a folder as `lock_folder` does, but for this process alone, whatever its rank."""
+    check_local(folder, is_output=True)
     folder = Path(os.path.realpath(folder))
     path = folder.parent / f".{folder.name}.lock"
     lock = filelock.FileLock(path, blocking=False, fallback_to_soft=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from secateur.runtime.errors import SecateurError
+from secateur.runtime.local_path import check_local
 
 MIB = 2**20
 GIB = 2**30
@@ -33,7 +34,8 @@ DOTS = 64
 
 
 def describe_os_error(path: Path, error: OSError) -> str:
-    """Return in one line why the file can't be read."""
+    """Return in one line why the file can't be read; raises `UsageError` if it is an address."""
+    check_local(path)
     if isinstance(error, FileNotFoundError):
         return f"no file {path}"
     if isinstance(error, IsADirectoryError):

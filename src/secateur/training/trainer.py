@@ -32,7 +32,7 @@ from secateur.runtime.errors import NotFiniteLoss, UsageError
 from secateur.runtime.precision import accelerator_for
 from secateur.runtime.progress import ProgressCallback, StageLines, no_progress
 from secateur.runtime.seeding import forked_generators, seed_generators, seed_of
-from secateur.runtime.signals import defer_signals
+from secateur.runtime.signals import StopRequest, defer_signals
 from secateur.training.checkpoint import Checkpoint, Checkpoints, TrainedTensors
 from secateur.training.feature_distillation import ResidualSum
 from secateur.training.loss import DistillationLoss
@@ -239,7 +239,7 @@ class _Run:
                         self.save()
                     is_interrupted = distributed.any_process(signals.is_pending)
                 if is_interrupted or signals.is_pending:
-                    raise KeyboardInterrupt
+                    raise StopRequest(signals.number)
                 if distributed.any_process(self._is_time_over()):
                     position.ended = "time"
                     return
@@ -269,7 +269,7 @@ class _Run:
             text += f", validation {callbacks.describe(validation)}"
         callbacks.lines.end_step("epoch", epoch.number, self._settings.epochs, text)
         if signals.is_pending:
-            raise KeyboardInterrupt
+            raise StopRequest(signals.number)
 
     def _step(self, batch: Batch) -> None:
         position, settings = self._position, self._settings

@@ -67,14 +67,18 @@ def compare(
     spec = from_dict(tables, BenchmarkSpec).with_weights_in(weights).on_device(device)
     for network in spec.networks:
         find_device(network.device)  # else every job would fail
-    jobs = run_benchmark(
-        spec,
-        out,
-        workers=workers,
-        retry=retry,
-        progress=output.progress(),
-        lines=output.stage_lines(),
-    )
+    try:
+        jobs = run_benchmark(
+            spec,
+            out,
+            workers=workers,
+            retry=retry,
+            progress=output.progress(),
+            lines=output.stage_lines(),
+        )
+    except KeyboardInterrupt as stop:
+        stop.add_note("finished jobs are kept: the same command goes on with the others")
+        raise
     write_benchmark(out, spec, jobs, output.command_line())
     rows = [row_of(job) for job in jobs]
     if as_json:

@@ -36,6 +36,9 @@ def demo(
     """
     if (data_source is None) != (weights is None):
         raise UsageError("--data and --weights go together")
+    if weights is None:
+        reason = "goes with --data and --weights: the small network is trained here"
+        options.refuse(reason, model=model, weights_key=weights_key)
 
     from secateur.cli import output
     from secateur.experiments import run as runs

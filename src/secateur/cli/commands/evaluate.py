@@ -41,6 +41,8 @@ def evaluate(
         raise UsageError("name a run folder, or a network with --model")
     if run is not None and config_options.file:
         raise UsageError("a run folder has its own configuration: leave --config out")
+    reason = "has no meaning for an evaluation"
+    config_options.refuse_others(reason, "model", "data", "plan.engine", "seed")
 
     from secateur.cli import output
     from secateur.experiments.engine_times import keep_engine_times

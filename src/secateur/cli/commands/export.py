@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -43,12 +44,13 @@ def export(
         int | None, typer.Option(help="The ONNX opset (default: the exporter's).", min=1)
     ] = None,
     latency: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--latency/--no-latency",
-            help="Time the original and the pruned network, in PyTorch and in onnxruntime.",
+            help="Time the original and the pruned network: with --format onnx in PyTorch and in "
+            "onnxruntime, with --int8 in the format's engine (default: yes, with these two).",
         ),
-    ] = True,
+    ] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -62,59 +64,85 @@ def export(
 
     from secateur.cli import output
     from secateur.experiments.engine_times import keep_engine_times
+    from secateur.experiments.evaluate import load_data_for
+    from secateur.experiments.exported_file import check_free, check_suffix, written_whole
     from secateur.experiments.int8_export import QUANTISERS, export_int8, exported_times, int8_files
-    from secateur.experiments.onnx_export import check_free, compare_latency, export_onnx
+    from secateur.experiments.onnx_export import compare_latency, export_onnx
     from secateur.experiments.original import untrained_original
     from secateur.experiments.other_formats import FORMATS, export_as
     from secateur.experiments.run_folder import fetched, load_pruned, read_origin
     from secateur.graph.forward import with_inputs
+    from secateur.integrations.hub import address_in
     from secateur.pipeline.verdict import slower_notices
 
     is_onnx, suffix = file_format == "onnx", _suffix(file_format, int8=int8, opset=opset)
-    folder, run = run, fetched(run)
-    if run != folder and out is None:
+    is_timed = latency is not False and (is_onnx or int8)
+    _check_used(config_options, int8=int8, latency=latency, is_timed=is_timed)
+    if out is not None:
+        check_suffix(out, suffix, file_format)
+    if out is None and address_in(run) is not None:
         raise UsageError("name the file with --out: a repository on the Hub is not written to")
+    folder, run = run, fetched(run)
     path = out or run / f"model{suffix}"
-    config = _int8_config(config_options, run, int8=int8)
-    for file in (*[path] * is_onnx, *(int8_files(file_format, path) if int8 else ())):
+    for file in (path, *(int8_files(file_format, path) if int8 else ())):
         check_free(file, overwrite=overwrite)
+    config = _int8_config(config_options, run) if int8 else None
     network, origin = load_pruned(run), read_origin(run)
-    named, is_timed = config_options.changes(), latency and (is_onnx or int8)
+    packed = with_inputs(network, origin.inputs)
+    dataset = None if config is None else load_data_for(run, config, packed)
+    named = config_options.changes()
     code = named.get(options.MODEL.path), named.get(options.FORWARD.path)
     original, reason = untrained_original(run, *code) if is_timed else (None, "")
     example = torch.zeros(2, *origin.image_shape)
-    packed = with_inputs(network, origin.inputs)
     inputs = origin.unpacked(example)
     result: ExportResult | FormatResult
-    if file_format in FORMATS:
-        result = export_as(file_format, packed, example, path, overwrite=overwrite)
-    else:
-        result = export_onnx(network, inputs, path, opset=opset, overwrite=overwrite)
-    times = compare_latency(packed, path, original, example) if latency and is_onnx else ()
     quantised = None
-    if config is not None:
-        arguments = run, QUANTISERS[file_format], packed, path, config, output.run_context()
-        quantised = export_int8(*arguments, original=original, is_timed=latency)
+    with written_whole(path, overwrite=overwrite) as draft:
+        if file_format in FORMATS:
+            result = export_as(file_format, packed, example, draft)
+        else:
+            result = export_onnx(network, inputs, draft, opset=opset)
+        times = compare_latency(packed, draft, original, example) if is_timed and is_onnx else ()
+        if config is not None and dataset is not None:
+            arguments = QUANTISERS[file_format], packed, draft, dataset, config
+            quantised = export_int8(
+                *arguments, output.run_context(), original=original, is_timed=is_timed
+            )
+            quantised = replace(quantised, path=path.with_name(quantised.path.name))
+    result = replace(result, path=path)
     measured = exported_times(times, quantised)
     notes = [f"The original network is not timed: {reason}."] if reason else []
     notes += [*slower_notices(measured), *keep_engine_times(run, folder, measured)]
     output.show_export(result, times, quantised, notes, as_json=as_json)
 
 
-def _int8_config(config_options: ConfigOptions, run: Path, *, int8: bool) -> RunConfig | None:
-    """Return the run's configuration with the data where they are now; None without `int8`.
+def _check_used(
+    config_options: ConfigOptions, *, int8: bool, latency: bool | None, is_timed: bool
+) -> None:
+    """Raise `UsageError` if an option was used that would be ignored."""
+    code = options.MODEL.path, options.FORWARD.path
+    if not is_timed:
+        options.refuse(
+            "is for --format onnx and for --int8; `secateur evaluate RUN --engine NAME` times the "
+            "network in another engine",
+            latency=latency,
+        )
+        config_options.refuse("names code to time the original with, and nothing is timed", *code)
+    if int8:
+        config_options.refuse_others("has no meaning for an export", "model", "data", "seed")
+    else:
+        reason = "is for --int8, which measures ranges and accuracy on images"
+        config_options.refuse_others(reason, *code)
 
-    Raises `UsageError` if they are code that the user has not named, or without use.
+
+def _int8_config(config_options: ConfigOptions, run: Path) -> RunConfig:
+    """Return the run's configuration with the data where they are now.
+
+    Raises `UsageError` if they are code that the user has not named.
     """
     from secateur.experiments.manifest import CONFIG
     from secateur.experiments.user_code_keys import check_named
 
-    if not int8:
-        unused = sorted({*config_options.changes()} - {options.MODEL.path, options.FORWARD.path})
-        if unused:
-            name = "--data" if "data.source" in unused else unused[0]
-            raise UsageError(f"{name} is for --int8, which measures ranges and accuracy on images")
-        return None
     config = config_options.make(RunConfig, base=run / CONFIG)
     check_named(run, config, {*config_options.changes(), "model.name", "model.forward"})
     return config

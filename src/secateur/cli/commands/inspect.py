@@ -88,6 +88,13 @@ def inspect(
 
     if sensitivity is not None and (layer is not None or pictures is not None):
         raise UsageError("--sensitivity excludes --layer and --pictures: run inspect once for each")
+    reason = "has no meaning for an inspection, which trains nothing"
+    config_options.refuse(reason, "finetune")
+    if sensitivity is not None:
+        reason = "has no meaning with --sensitivity, which measures layers and names no filters"
+        config_options.refuse(reason, "report")
+        if len(criterion or ()) > 1:
+            raise UsageError("--sensitivity is measured by one --criterion: leave the others out")
 
     from secateur.cli import output
     from secateur.experiments.inspect import group_of, inspect_network

@@ -25,7 +25,7 @@ KEYS = (
     *(Key(f"plan.{name}", BUDGET) for name in ("engine", "max_drop", "actions", "allocation")),
     options.PRUNE_RESIDUAL,
     options.EXCLUDE,
-    *(Key(f"plan.{name}", BUDGET) for name in ("round_to", "min_filters", "rounds")),
+    *(Key(f"plan.{name}", BUDGET) for name in ("round_to", "min_filters", "rounds", "trials")),
     Key("score.fast", METHOD),
     options.CRITERION,
     options.CONCEPTS,
@@ -91,8 +91,7 @@ def prune(
     """
     changes: dict[str, Any] = {}
     if finetune is False:
-        if config_options.changes().get("finetune.epochs"):
-            raise UsageError("--no-finetune and --epochs exclude each other")
+        config_options.refuse("and --no-finetune exclude each other", "finetune")
         changes["finetune.epochs"] = 0
     if shares is not None:
         if "plan.allocation" in config_options.changes():

@@ -41,6 +41,9 @@ def push(
 
     Example: secateur push runs/a me/resnet50-half --private
     """
+    if not card:
+        options.refuse("is for the card, and --no-card writes none", base_model=base_model)
+
     from secateur.cli import console
     from secateur.experiments.push import push as push_folder
 

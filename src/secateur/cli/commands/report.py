@@ -71,6 +71,9 @@ def report(
     """
     if out is not None and form == "html":
         raise UsageError("--out is for --format png; the report lies in its run folder")
+    if form == "png":
+        reason = "is for --format html: the charts show no names of filters"
+        options.refuse(reason, naming_model=naming_model, vocabulary=vocabulary)
 
     from secateur.cli import console, output
     from secateur.experiments import run as runs

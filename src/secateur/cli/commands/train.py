@@ -49,7 +49,8 @@ def train(
     from secateur.runtime.trackers import make_tracker
 
     run_context = output.run_context(make_tracker(tracker, tracker_dir))
-    result = train_base(config, out, run_context, resume=resume)
+    with output.resumable(out):
+        result = train_base(config, out, run_context, resume=resume)
     if as_json:
         print(result.model_dump_json(indent=1))
         return

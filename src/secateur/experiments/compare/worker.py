@@ -25,19 +25,19 @@ from secateur.pipeline.scoring_context import Baseline, make_baseline
 from secateur.runtime.error_messages import explain
 from secateur.runtime.errors import SecateurError
 from secateur.runtime.kept_memory import kept_memory
-from secateur.runtime.signals import INTERRUPTED, repeat_signals
+from secateur.runtime.signals import exit_code, repeat_signals
 
 
 def main() -> None:
-    """Carry out an order; a request to terminate ends the process with code 130."""
+    """Carry out an order; a request to terminate ends the process with code 143."""
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     messages, sys.stdout = sys.stdout, sys.stderr  # libraries' output must not mix with messages
     try:
         with repeat_signals(), kept_memory():
             run_jobs(Path(order["folder"]), order["jobs"], messages)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        sys.exit(exit_code(stop))
 
 
 def _end_with_stdin() -> None:

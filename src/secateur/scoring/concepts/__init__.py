@@ -28,6 +28,7 @@ from secateur.data.preprocessing import Preprocessing
 from secateur.graph.network_graph import NetworkGraph, Tensors
 from secateur.models.task import SINGLE_LABEL, Logits, Task
 from secateur.runtime.errors import DataError, UnknownName, UsageError
+from secateur.runtime.local_path import check_local
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +222,7 @@ def annotated_images(text: str) -> AnnotatedImages | None:
     for name, argument in parse(text):
         if name not in annotated_sources():
             continue
+        check_local(argument)
         if not Path(argument).is_dir():
             raise DataError(f"no folder {argument} to read {name} from")
         image_sets.append(annotated_sources()[name](Path(argument)))
