@@ -167,7 +167,7 @@ def test_what_is_compared_can_be_chosen(images: Tensor) -> None:
 
 def test_class_numbers_are_no_labels_of_values(images: Tensor) -> None:
     labels = torch.zeros(len(images)).long()
-    with pytest.raises(DataError, match="don't fit the outputs"):
+    with pytest.raises(DataError, match=r"don't fit the outputs, .*: give labels of that form"):
         prune(map_network(), (images, labels), outputs=[OutputPart()])
     with pytest.raises(UsageError, match="not in segmentation"):
         prune(map_network(), images, task="segmentation", outputs=[OutputPart()])

@@ -18,6 +18,7 @@ from secateur.graph.kept_channels import KeptChannels
 from secateur.graph.module_state import tensors_of
 from secateur.graph.output_values import OutputPart, measured
 from secateur.models.divergence import output_error
+from secateur.models.examine import Outputs, make_task
 from secateur.models.task import Task
 from secateur.pruning.refit.important_positions import PositionImportance
 from secateur.pruning.refit.layers import refit_layer
@@ -240,6 +241,18 @@ def test_a_part_must_fit_what_the_network_returns(part: OutputPart, message: str
     leaf[:, 8] = -5
     with pytest.raises(UsageError, match=message):
         measured([part], [leaf])
+
+
+def test_parts_without_any_object_are_left_out() -> None:
+    leaf = torch.rand(4, 9, 30, generator=torch.Generator().manual_seed(0))
+    leaf[:, 4] = 0
+    outputs = Outputs("values", 9, "logits", (), [leaf])
+    task = make_task(outputs, [], "detection", parts=(*PARTS, OutputPart(stop=4)))
+    assert [(part.stop, part.times) for part in task.parts] == [(4, None)]
+    assert task.notes == (
+        "3 of the 4 parts of the outputs do not count: on the first images they are the same "
+        "everywhere, or their objectness is 0.",
+    )
 
 
 class BehindThreshold(nn.Module):

@@ -209,6 +209,8 @@ def report(
     result = result.model_copy(update={"config": config})
     statistics: BenchmarkStatistics | None = None
     if beside is not None:
+        if not (beside / ROWS).is_file():
+            raise UsageError(f"no benchmark in {beside}: name a folder that secateur compare wrote")
         rows = read_rows(beside / ROWS)
         statistics = compute_statistics(rows, rows[0].method if rows else "")
     gallery: Gallery | None = None

@@ -30,6 +30,8 @@ MOST_VALUES_AT_OBJECTS = 2**19
 SMALLEST_PROBABILITY = 1e-12
 """Smaller ones, and ones as near to 1 as float32 goes, count as equal: their angles have no
 gradient."""
+ABSENT = 1e-10
+"""Objectness below which no object is there: what a sigmoid returns is larger."""
 ROUNDING = 1e-2
 """How far probabilities may lie outside 0 to 1, as those of half precision do."""
 
@@ -184,12 +186,14 @@ def measured(
     """Return the parts with the deviations that make one unit of them, in the leaves of an output.
 
     With these, what is compared of all parts together has a variance of 1, and weights are as
-    given. Parts that don't vary are left out. Raises `UsageError` if none varies, or one is not
-    there or not in the range that it should have.
+    given. Parts that don't vary, or whose objectness is 0 everywhere, are left out. Raises
+    `UsageError` if none is left, or one is not there or not in the range that it should have.
     """
     varying = []
     for part in parts:
         part.check(leaves)
+        if part.times is not None and not bool((part.objectness(leaves) > ABSENT).any()):
+            continue
         plain = replace(part, deviation=1.0)
         spread = float(plain.read(leaves).double().std(correction=0))
         if 0 < spread < float("inf") and (deviation := plain.standard_deviation(leaves)) > 0:

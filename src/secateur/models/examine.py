@@ -240,6 +240,11 @@ def _values_task(
             f"Outputs of one image, {' and '.join(map(str, shapes))}, are compared as values, by "
             "their squared error over their variance."
         )
+    elif len(varying) < len(parts):
+        notes.append(
+            f"{len(parts) - len(varying)} of the {len(parts)} parts of the outputs do not count: "
+            "on the first images they are the same everywhere, or their objectness is 0."
+        )
     return Task(
         kind,
         parts=varying,

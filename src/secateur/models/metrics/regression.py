@@ -49,7 +49,9 @@ class R2:
             if wanted.shape != actual.shape:
                 raise DataError(
                     f"labels {list(batch.labels.shape)} don't fit the outputs, which have "
-                    f"{actual.shape[1]} values for each image"
+                    f"{actual.shape[1]} values for each image: give labels of that form, such as "
+                    "--data segmentation:DIR for maps of classes, or images without labels, "
+                    "--data images:DIR"
                 )
         else:
             wanted = _values(run_network(self._original, batch.images), len(batch.images))
