@@ -3,13 +3,13 @@
     python bench/engine_targets.py cifar10 --data DIR --weights DIR [--seeds 1]
     python bench/engine_targets.py imagenet --data DIR --weights DIR
 
-Each network is pruned to `latency=0.6` in onnxruntime, as `secateur prune` does it, and then by
-MACs, to the budget whose network takes the same time. One stopwatch measures both anew beside the
-original: 16 images at a time, interleaved, on one thread. ResNet-56 is refitted on 2,000 images of
-CIFAR-10, MobileNetV2 on 300 ordinary ones of ImageNet, without labels. They are scored on the test
-images, which choose nothing. ResNet-50 has random weights, equal shares and no refit: only its time
-is measured. Each measurement adds a line to `results/engine_targets.jsonl`, and the table is in
-docs/reference/targets.md.
+Each network is pruned to `latency=0.6` in onnxruntime, as `secateur prune --no-finetune` does it,
+and then by MACs, to the budget whose network takes the same time. One stopwatch measures both anew
+beside the original: 16 images at a time, interleaved, on one thread. ResNet-56 is refitted on 2,000
+images of CIFAR-10, MobileNetV2 on 300 ordinary ones of ImageNet, without labels. They are scored on
+the test images, which choose nothing. ResNet-50 has random weights, equal shares and no refit: only
+its time is measured. Each measurement adds a line to `results/engine_targets.jsonl`, and the table
+is in docs/reference/targets.md.
 """
 
 from __future__ import annotations
@@ -104,11 +104,13 @@ class Case:
         }
 
     def attempt(self, planned_by: str, budget: float) -> Measurement:
-        """Prune to a budget as `secateur prune` does; return size, time and accuracy."""
+        """Prune to a budget without training; return size, time and accuracy."""
         plan = self._config.plan.model_copy(
             update={"target": f"{planned_by}={budget:.4f}", "engine": ENGINE}
         )
-        config = self._config.model_copy(update={"plan": plan, "seed": self._seed})
+        finetune = self._config.finetune.model_copy(update={"epochs": 0})
+        changes = {"plan": plan, "finetune": finetune, "seed": self._seed}
+        config = self._config.model_copy(update=changes)
         smaller = prune(self._model, self._dataset, config).model
         macs = [build_dependency_graph(one, self._images).macs() for one in (self._model, smaller)]
         return {
