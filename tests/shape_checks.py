@@ -7,12 +7,10 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import jaxtyping
 from jaxtyping import AbstractArray, AbstractDtype
-
-T = TypeVar("T")
 
 _jaxtyped = jaxtyping.jaxtyped
 
@@ -28,8 +26,8 @@ def check_shapes() -> None:
     jaxtyping.install_import_hook("secateur", "beartype.beartype")
 
 
-def _jaxtyped_if_axes_are_named(*, typechecker: object) -> Callable[[T], T]:
-    def decorate(item: T) -> T:
+def _jaxtyped_if_axes_are_named(*, typechecker: object) -> Callable[[Any], Any]:
+    def decorate(item: Any) -> Any:
         return _jaxtyped(item, typechecker=typechecker) if _names_axes(item) else item
 
     return decorate
