@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
+
+from shape_checks import check_shapes
 
 if TYPE_CHECKING:
     from runs import DigitsRun
 
 # Before the first `import secateur`: its annotated shapes are checked from here on.
-jaxtyping.install_import_hook("secateur", "shape_checks.check_shapes")
+check_shapes()
 
 torch.set_num_threads(1)
 

@@ -1,26 +1,51 @@
-"""Which functions have their arguments checked in tests: those that name axes of tensors."""
+"""Which functions have their arguments and results checked in tests: those that name axes."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
-from beartype import beartype
-from jaxtyping import AbstractArray
+import jaxtyping
+from jaxtyping import AbstractArray, AbstractDtype
+
+_jaxtyped = jaxtyping.jaxtyped
 
 
-def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function with beartype's checks if it names axes, and as it is otherwise.
+def check_shapes() -> None:
+    """Have beartype check functions and dataclasses of the package that name axes of tensors.
 
-    Checks of every function would take half of the time that the package itself takes, and show
-    what mypy shows.
+    Call it before the first `import secateur`. Checks of every function would take longer than the
+    functions themselves, and show what mypy shows: jaxtyping wraps whatever its hook passes to
+    `jaxtyped`, so others are not passed to it.
     """
-    annotations = getattr(function, "__annotations__", {}).values()
-    return beartype(function) if any(map(_names_axes, annotations)) else function
+    jaxtyping.jaxtyped = _jaxtyped_if_axes_are_named  # type: ignore[assignment]
+    jaxtyping.install_import_hook("secateur", "beartype.beartype")
 
 
-def _names_axes(annotation: object) -> bool:
-    if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
+def _jaxtyped_if_axes_are_named(*, typechecker: object) -> Callable[[Any], Any]:
+    def decorate(item: Any) -> Any:
+        return _jaxtyped(item, typechecker=typechecker) if _names_axes(item) else item
+
+    return decorate
+
+
+def _names_axes(item: Any) -> bool:
+    if not inspect.isclass(item):
+        return _has_axes(item.__annotations__, item.__globals__)
+    names = vars(sys.modules[item.__module__])
+    return dataclasses.is_dataclass(item) and _has_axes(item.__init__.__annotations__, names)
+
+
+def _has_axes(annotations: Mapping[str, str], names: Mapping[str, object]) -> bool:
+    words = {word for text in annotations.values() for word in re.findall(r"\w+", str(text))}
+    return any(_is_tensor_type(names.get(word)) for word in words)
+
+
+def _is_tensor_type(value: object) -> bool:
+    if inspect.isclass(value) and issubclass(value, AbstractArray | AbstractDtype):
         return True
-    return any(map(_names_axes, get_args(annotation)))
+    return any(map(_is_tensor_type, get_args(value)))

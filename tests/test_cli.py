@@ -551,17 +551,18 @@ def test_report_is_written_anew_or_as_pictures(
 
 
 def test_export_writes_a_file_and_times_both_networks(
-    call: Call, digits_run: DigitsRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(export, "LATENCY_ROUNDS", Rounds(1, 1))
-    path = tmp_path / "small.onnx"
+    path, run = tmp_path / "small.onnx", tmp_path / "run"
     path.touch()
-    run = Path(shutil.copytree(digits_run.folder, tmp_path / "run"))
+    runs.run(small_config(model_file), run)
+    named = ["--model", f"{model_file}:small"]
     outcome = call("export", run, "--out", path)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
-    outcome = call("export", run, "--out", path, "--overwrite")
+    outcome = call("export", run, "--out", path, *named, "--overwrite")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0] == f"written: {path}"
@@ -1219,13 +1220,15 @@ def test_export_to_int8_scores_both_files_and_times_them(
     pytest.importorskip("onnxruntime")
     for module in (export, int8_export):
         monkeypatch.setattr(module, "LATENCY_ROUNDS", Rounds(1, 1))
-    path, photos = tmp_path / "small.onnx", tmp_path / "photos"
-    write_classes(photos, ["ant", "bee"], 10)
+    monkeypatch.setattr(int8_export, "CALIBRATION_IMAGES", 64)
+    path = tmp_path / "small.onnx"
     run = shutil.copytree(digits_run.folder, tmp_path / "run")
     arguments = ["export", run, "--out", path, "--int8"]
     outcome = call(*arguments, "--json")
     assert outcome.code == 0, outcome.err
-    quantised = json.loads(outcome.out)["int8"]
+    exported = json.loads(outcome.out)
+    assert all(one["original_ms"] > 0 for one in exported["latency"])
+    quantised = exported["int8"]
     assert quantised["path"] == str(tmp_path / "small.int8.onnx")
     assert quantised["bytes"] < path.stat().st_size
     recorded = json.loads((digits_run.folder / "result.json").read_text())["stages"][-1]["score"]
@@ -1235,6 +1238,15 @@ def test_export_to_int8_scores_both_files_and_times_them(
     outcome = call(*arguments)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
+
+
+def test_options_of_export_and_evaluate_that_do_not_go_together_are_refused(
+    call: Call, model_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    path, photos, run = tmp_path / "small.onnx", tmp_path / "photos", tmp_path / "run"
+    write_classes(photos, ["ant", "bee"], 10)
+    runs.run(small_config(model_file), run)
     for options, words in (
         (["--opset", 99, "--overwrite"], "can't write opset 99"),
         (["--format", "aotinductor", "--int8"], "--int8 is for --format onnx and openvino"),
@@ -1245,11 +1257,11 @@ def test_export_to_int8_scores_both_files_and_times_them(
         (["--set", "plan.rounds=2", "--int8"], "--set plan.rounds has no meaning for an export"),
         (["--data", f"folder:{photos}", "--int8", "--overwrite"], "has other classes than the run"),
     ):
-        outcome = call("export", digits_run.folder, "--out", path, *options)
+        outcome = call("export", run, "--out", path, *options)
         assert outcome.code in (1, 2)
         assert words in outcome.err
     missing = ["--int8", "--data", f"folder:{tmp_path / 'none'}"]
-    outcome = call("export", digits_run.folder, "--out", tmp_path / "new" / "a.onnx", *missing)
+    outcome = call("export", run, "--out", tmp_path / "new" / "a.onnx", *missing)
     assert outcome.code == 1
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(int8_export, "evaluate", failing)
@@ -1257,6 +1269,6 @@ def test_export_to_int8_scores_both_files_and_times_them(
     outcome = call(*arguments, "--overwrite")
     assert "error: nothing is left" in outcome.err
     assert {file: file.read_bytes() for file in tmp_path.glob("*.onnx")} == before
-    outcome = call("evaluate", digits_run.folder, "--set", "data.keep_classes=1,3")
+    outcome = call("evaluate", run, "--set", "data.keep_classes=1,3")
     assert outcome.code == 2
     assert "a run's classes are those that it was pruned for" in outcome.err

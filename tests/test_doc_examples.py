@@ -20,8 +20,9 @@ from secateur.cli import app
 from secateur.data import preprocessing
 from secateur.experiments import onnx_export as export
 from secateur.models import zoo
-from secateur.pipeline import scoring_context
+from secateur.pipeline import scoring_context, synthetic_data
 from secateur.runtime.timing import Rounds
+from secateur.training.synthetic_images import Descent
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -85,6 +86,7 @@ def test_python_examples_run(block: Block, tmp_path: Path, monkeypatch: pytest.M
         if re.search(rf"^(import|from) {package}\b", block.text, re.MULTILINE):
             pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(synthetic_data, "FROM_NOISE", Descent(steps=10, learning_rate=0.1))
     exec(compile(block.text, block.page.name, "exec"), {"__name__": block.page.stem})
 
 

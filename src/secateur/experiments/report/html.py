@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
@@ -14,14 +15,19 @@ from markupsafe import Markup
 
 def render(template: str, **values: Any) -> str:
     """Return the page that a template makes of values; text in them is escaped."""
-    environment = Environment(
+    return _environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return the environment of all pages, which keeps the templates that it has compiled."""
+    return Environment(
         loader=PackageLoader("secateur", "experiments/report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
 
 
 @dataclass(frozen=True)
