@@ -661,7 +661,7 @@ def on_the_hub(
     """The case before a mock of the Hub with an open and a gated repository."""
 
     def run(desk: Desk) -> None:
-        constants = pytest.importorskip("huggingface_hub").constants
+        constants = pytest.importorskip("huggingface_hub.constants")
         with contextlib.ExitStack() as stack:
             hub = stack.enter_context(mock_hub(desk.folder))
             hub.repositories |= {"me/open": Repository(), "me/gated": Repository(gated=True)}

@@ -1238,6 +1238,11 @@ def test_export_to_int8_scores_both_files_and_times_them(
     outcome = call(*arguments)
     assert outcome.code == 1
     assert "--overwrite" in outcome.err
+    monkeypatch.setattr(int8_export, "evaluate", failing)
+    before = {file: file.read_bytes() for file in tmp_path.glob("*.onnx")}
+    outcome = call(*arguments, "--overwrite")
+    assert "error: nothing is left" in outcome.err
+    assert {file: file.read_bytes() for file in tmp_path.glob("*.onnx")} == before
 
 
 def test_options_of_export_and_evaluate_that_do_not_go_together_are_refused(
@@ -1249,7 +1254,7 @@ def test_options_of_export_and_evaluate_that_do_not_go_together_are_refused(
     runs.run(small_config(model_file), run)
     for options, words in (
         (["--opset", 99, "--overwrite"], "can't write opset 99"),
-        (["--format", "aotinductor", "--int8"], "--int8 is for --format onnx and openvino"),
+        (["--format", "coreml", "--int8"], "--int8 is for --format onnx, openvino, executorch"),
         (["--format", "openvino", "--opset", "18"], "--opset is for --format onnx"),
         (["--format", "nothing"], "there is no format 'nothing'"),
         (["--format", "torchscript"], "torch advises against TorchScript"),
@@ -1264,11 +1269,6 @@ def test_options_of_export_and_evaluate_that_do_not_go_together_are_refused(
     outcome = call("export", run, "--out", tmp_path / "new" / "a.onnx", *missing)
     assert outcome.code == 1
     assert not (tmp_path / "new").exists()
-    monkeypatch.setattr(int8_export, "evaluate", failing)
-    before = {file: file.read_bytes() for file in tmp_path.glob("*.onnx")}
-    outcome = call(*arguments, "--overwrite")
-    assert "error: nothing is left" in outcome.err
-    assert {file: file.read_bytes() for file in tmp_path.glob("*.onnx")} == before
     outcome = call("evaluate", run, "--set", "data.keep_classes=1,3")
     assert outcome.code == 2
     assert "a run's classes are those that it was pruned for" in outcome.err

@@ -407,7 +407,7 @@ def test_inspect_names_filters_with_a_clip_on_disk(
     assert "holds 1 words: at least two" in err
     code, out, err = command("inspect", *network_and_images, "--vocabulary", "words.txt")
     assert (code, out) == (2, "")
-    assert "a vocabulary needs a naming_model" in err
+    assert "vocabulary (--vocabulary) needs naming_model (--naming-model)" in err
 
 
 def test_the_report_of_a_run_names_filters(

@@ -107,5 +107,5 @@ def test_trials_are_in_the_log_of_a_run(tmp_path: Path) -> None:
     "other", [{"allocation": "uniform"}, {"max_drop": 1.0}, {"target": "latency=0.5"}]
 )
 def test_trials_need_a_size_and_sensitivities(other: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="trials need"):
+    with pytest.raises(ValueError, match=r"trials \(--trials\) need"):
         PlanSection.model_validate({"trials": 2, **other})

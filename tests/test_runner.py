@@ -135,7 +135,7 @@ def test_a_benchmark_that_is_killed_twice_has_the_results_of_one_that_was_not(
     process = started(call_compare, file, killed)
     wait_for(killed, 8, process)
     process.terminate()
-    assert end_of(process) == 130
+    assert end_of(process) == 143
     assert len(list(killed.glob("jobs/*.json"))) < 12
 
     assert end_of(started(call_compare, file, killed)) == 0

@@ -13,9 +13,12 @@ from secateur.runtime.errors import ExportError, UsageError
 
 
 def check_suffix(path: Path, suffix: str, name: str) -> None:
-    """Raise `UsageError` unless a file to be written in the format `name` ends in `suffix`."""
+    """Raise `UsageError` unless a file to be written in the format `name` ends in `suffix`.
+
+    A folder is an `ExportError`.
+    """
     if path.is_dir() and path.suffix != PACKAGE:
-        raise UsageError(f"{path} is a folder: name a file in it, {path / f'model{suffix}'}")
+        raise ExportError(f"{path} is a folder: name a file in it, {path / f'model{suffix}'}")
     if path.suffix != suffix:
         named = path.name.removesuffix(path.suffix) + suffix
         raise UsageError(

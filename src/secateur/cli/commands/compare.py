@@ -77,7 +77,7 @@ def compare(
             lines=output.stage_lines(),
         )
     except KeyboardInterrupt as stop:
-        stop.add_note("finished jobs are kept: the same command goes on with the others")
+        stop.add_note("finished jobs are kept: the same command runs the others")
         raise
     write_benchmark(out, spec, jobs, output.command_line())
     rows = [row_of(job) for job in jobs]

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 
 KEYS = (options.MODEL, options.FORWARD, options.SOURCE, options.SKIP_UNREADABLE)
 FORMAT_NAMES = get_args(FormatName)
+Int8 = Annotated[
+    bool,
+    typer.Option(
+        "--int8",
+        help="Write an int8 file, too, such as model.int8.onnx, quantised on the run's images.",
+    ),
+]
+Latency = Annotated[
+    bool | None,
+    typer.Option(
+        "--latency/--no-latency",
+        help="Time the original and the pruned network: with --format onnx in PyTorch and in "
+        "onnxruntime, with --int8 in the format's engine (default: yes, with these two).",
+    ),
+]
 
 
 def export(
@@ -29,13 +44,7 @@ def export(
         Path | None,
         typer.Option("--out", "-o", help="The file (default: model.onnx, .pte, … in the run)."),
     ] = None,
-    int8: Annotated[
-        bool,
-        typer.Option(
-            "--int8",
-            help="Write an int8 file, too, such as model.int8.onnx, quantised on the run's images.",
-        ),
-    ] = False,
+    int8: Int8 = False,
     file_format: Annotated[
         str,
         typer.Option("--format", help=f"onnx, {', '.join(FORMAT_NAMES)}."),
@@ -43,14 +52,7 @@ def export(
     opset: Annotated[
         int | None, typer.Option(help="The ONNX opset (default: the exporter's).", min=1)
     ] = None,
-    latency: Annotated[
-        bool | None,
-        typer.Option(
-            "--latency/--no-latency",
-            help="Time the original and the pruned network: with --format onnx in PyTorch and in "
-            "onnxruntime, with --int8 in the format's engine (default: yes, with these two).",
-        ),
-    ] = None,
+    latency: Latency = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -166,5 +168,5 @@ def _suffix(name: str, *, int8: bool, opset: int | None) -> str:
     if opset is not None and name != "onnx":
         raise UsageError("--opset is for --format onnx")
     if int8 and name not in QUANTISERS:
-        raise UsageError(f"--int8 is for --format {' and '.join(QUANTISERS)}")
+        raise UsageError(f"--int8 is for --format {', '.join(QUANTISERS)}")
     return FORMATS[name].suffix if name in FORMATS else ".onnx"

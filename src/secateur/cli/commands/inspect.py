@@ -85,16 +85,9 @@ def inspect(
         raise UsageError("--filter needs the --layer that it is in")
     if pictures is not None and not pictures.parent.is_dir():
         raise UsageError(f"no folder {pictures.parent} to make {pictures.name} in")
-
-    if sensitivity is not None and (layer is not None or pictures is not None):
-        raise UsageError("--sensitivity excludes --layer and --pictures: run inspect once for each")
-    reason = "has no meaning for an inspection, which trains nothing"
-    config_options.refuse(reason, "finetune")
+    config_options.refuse("has no meaning for an inspection, which trains nothing", "finetune")
     if sensitivity is not None:
-        reason = "has no meaning with --sensitivity, which measures layers and names no filters"
-        config_options.refuse(reason, "report")
-        if len(criterion or ()) > 1:
-            raise UsageError("--sensitivity is measured by one --criterion: leave the others out")
+        _check_alone(config_options, criterion, layer, pictures)
 
     from secateur.cli import output
     from secateur.experiments.inspect import group_of, inspect_network
@@ -116,6 +109,21 @@ def inspect(
         output.show_filter(group_of(inspection, layer), filter_number)
     output.show_unreadable(inspection["unreadable"])
     output.show_notes(inspection["notes"])
+
+
+def _check_alone(
+    config_options: ConfigOptions,
+    criterion: list[str] | None,
+    layer: str | None,
+    pictures: Path | None,
+) -> None:
+    """Raise `UsageError` if an option was used that has no meaning beside `--sensitivity`."""
+    if layer is not None or pictures is not None:
+        raise UsageError("--sensitivity excludes --layer and --pictures: run inspect once for each")
+    if len(criterion or ()) > 1:
+        raise UsageError("--sensitivity is measured by one --criterion: leave the others out")
+    reason = "has no meaning with --sensitivity, which measures layers and names no filters"
+    config_options.refuse(reason, "report")
 
 
 def _make_config(config_options: ConfigOptions, criterion: str) -> RunConfig:
