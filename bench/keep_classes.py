@@ -147,13 +147,13 @@ def measure(network: str, method: str, seed: int, arguments: argparse.Namespace)
             classes: channels_last(make_reader(config).read_shard(case.dataset.test))
             for classes, case in cases.items()
         }
-        bases = {c: fractions_right(cases[c], case.model, scored[c]) for c in chosen}
+        bases = {c: fractions_right(case.model, scored[c], cases[c].kept) for c in chosen}
         ours = Ours(case.model, context, config)
         for target in targets:
             pruned = ours.prune(target)
             for classes in chosen:
                 fraction, restricted = fractions_right(
-                    cases[classes], pruned.stages["refit"], scored[classes]
+                    pruned.stages["refit"], scored[classes], cases[classes].kept
                 )
                 row = {
                     "network": network,
@@ -179,10 +179,13 @@ def measure(network: str, method: str, seed: int, arguments: argparse.Namespace)
 
 
 def fractions_right(
-    case: Case, network: nn.Module, batches: Sequence[Batch]
+    network: nn.Module, batches: Sequence[Batch], outputs: Sequence[int]
 ) -> tuple[float, float]:
-    """Return the accuracy among all outputs of the network, and among those of the kept classes."""
-    kept = torch.tensor(case.kept)
+    """Return the accuracy among all outputs of the network, and among those of the kept classes.
+
+    `outputs` are the latter: label `i` is output `outputs[i]`.
+    """
+    kept = torch.tensor(outputs)
     right = torch.zeros(2, dtype=torch.int64)
     with evaluating(network), torch.inference_mode():
         for batch in batches:
