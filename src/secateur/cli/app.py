@@ -88,10 +88,13 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         _fail(str(error), 2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, options.Stopped) as stop:
+        # A request that was deferred, as in training, is not known to `repeat_signals`.
+        request = stop if isinstance(stop, KeyboardInterrupt) else stop.__cause__
+        assert isinstance(request, KeyboardInterrupt)
         if os.environ.get("RANK", "0") == "0":
-            _show_stop(stop)
-        sys.exit(exit_code(stop))
+            _show_stop(request)
+        sys.exit(exit_code(request))
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
