@@ -28,7 +28,7 @@ from rows import ROOT, revision, surroundings
 from secateur.data import Batch
 from secateur.engines.onnx_file import write_onnx
 from secateur.engines.onnxruntime import onnx_runner
-from secateur.engines.quantised_file import quantise_file
+from secateur.engines.quantised_file import quantise_network
 from secateur.pipeline.inputs import make_reader
 from secateur.pipeline.scoring_context import make_scoring_context
 from secateur.runtime.timing import Rounds, in_turn, interleaved_medians, repeat_to_batch
@@ -115,8 +115,7 @@ def made(model: nn.Module, images: torch.Tensor, folder: Path, name: str) -> dic
     """Return the float and the int8 file of a network."""
     whole, int8 = folder / f"{name}.onnx", folder / f"{name}.int8.onnx"
     write_onnx(model.eval(), images[:2], whole)
-    parts = ({"images": part.contiguous().numpy()} for part in images.split(RANGE_BATCH))
-    quantise_file(whole, int8, parts)
+    quantise_network(model, whole, int8, images.split(RANGE_BATCH))
     return {f"{name} float": whole, f"{name} int8": int8}
 
 

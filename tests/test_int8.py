@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from networks import Chain
+from secateur.engines.bias_correction import STEPS, with_corrected_biases
 from secateur.engines.flat_network import outputs_error
 from secateur.engines.openvino import load_openvino
 from secateur.engines.quantised_openvino import quantise_openvino
@@ -51,7 +53,7 @@ def test_nncf_quantises_a_file_for_openvino(tmp_path: Path) -> None:
     network, images = chain_and_images()
     files = [tmp_path / "model.xml", tmp_path / "model.int8.xml"]
     write_openvino(network, images, files[0])
-    quantise_openvino(files[0], files[1], [(part,) for part in images.split(4)])
+    quantise_openvino(network, files[0], files[1], images.split(4))
     with torch.no_grad():
         expected = network(images)
     errors = [outputs_error(load_openvino(file)([images]), [expected]) for file in files]
@@ -62,12 +64,44 @@ def test_nncf_quantises_a_file_for_openvino(tmp_path: Path) -> None:
     )
 
 
+def test_corrected_biases_keep_the_mean_of_what_rounded_layers_put_out() -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 4),
+    ]
+    network, images = nn.Sequential(*layers).eval(), torch.rand(8, 3, 8, 8)
+    corrected = with_corrected_biases(network, images.split(4))
+    assert network[0].bias is None, "the network itself stays as it is"
+    inputs = images
+    with torch.no_grad():
+        for layer, other in zip(network, corrected, strict=True):
+            outputs = layer(inputs)
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                scale = layer.weight.flatten(1).abs().amax(1) / STEPS
+                scale = scale.view(-1, *[1] * (layer.weight.ndim - 1))
+                rounded = torch.round(layer.weight / scale) * scale
+                other.weight.copy_(rounded)
+                axes = [0, 2, 3][: outputs.ndim - 1]
+                bias = other.bias
+                other.bias = layer.bias
+                before = (other(inputs) - outputs).mean(axes)
+                other.bias = bias
+                after = (other(inputs) - outputs).mean(axes)
+                assert before.abs().max() > 1e-4
+                assert after.abs().max() < 1e-6
+            inputs = outputs
+
+
 def test_torchao_quantises_a_program_for_executorch(tmp_path: Path) -> None:
     pytest.importorskip("executorch", reason="needs executorch")
     pytest.importorskip("torchao", reason="needs torchao")
     network, images = chain_and_images()
     file = tmp_path / "model.int8.pte"
-    quantise_executorch(network, file, [(part,) for part in images.split(4)])
+    quantise_executorch(network, file, images.split(4))
     outputs = [load_executorch(file)([image])[0] for image in images.split(1)]
     with torch.no_grad():
         assert 1e-4 < outputs_error([torch.cat(outputs)], [network(images)]) < 0.1
@@ -78,7 +112,7 @@ def test_torchao_quantises_a_program_ahead_of_time(tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="needs torchao")
     network, images = chain_and_images()
     file = tmp_path / "model.int8.pt2"
-    quantise_aotinductor(network, file, [(part,) for part in images.split(4)])
+    quantise_aotinductor(network, file, images.split(4))
     run = load_compiled(file)
     with torch.no_grad():
         for size in (1, 3, 8):
@@ -93,7 +127,7 @@ def test_without_its_package_int8_says_what_to_install(
     monkeypatch.setattr("secateur.engines.quantised_program.find_spec", lambda _: None)
     network, images = chain_and_images()
     with pytest.raises(UsageError, match=r"pip install 'torchao>=0\.18' \(no module torchao\)"):
-        quantise_aotinductor(network, tmp_path / "model.int8.pt2", [(images,)])
+        quantise_aotinductor(network, tmp_path / "model.int8.pt2", [images])
     assert not list(tmp_path.iterdir())
 
 

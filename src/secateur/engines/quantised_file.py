@@ -1,16 +1,21 @@
-"""Quantise an ONNX file to int8. Needs the extra `export`."""
+"""Quantise a network to int8 in ONNX. Needs the extra `export`."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor, nn
 
-from secateur.engines.onnx_file import cause, check_packages, quiet
+from secateur.engines.bias_correction import with_corrected_biases
+from secateur.engines.file_engine import arrays_of
+from secateur.engines.flat_network import inputs_in
+from secateur.engines.onnx_file import cause, check_packages, quiet, write_onnx
+from secateur.engines.onnxruntime import input_names
 from secateur.runtime.atomic_io import move_file
 from secateur.runtime.errors import ExportError
 
@@ -56,3 +61,25 @@ def quantise_file(source: Path, target: Path, batches: Iterable[Inputs]) -> None
         except Exception as error:  # onnxruntime raises many unrelated types
             raise ExportError(f"the file can't be quantised: {cause(error)}") from error
         move_file(draft, target)
+
+
+def quantise_network(
+    network: nn.Module, source: Path, target: Path, batches: Sequence[Tensor]
+) -> None:
+    """Write the int8 form of a network in ONNX, with the inputs and the opset of its file `source`.
+
+    The `batches` of images correct the biases for the rounded weights, and set the ranges of
+    activations; see `quantise_file`. Raises `ExportError`.
+    """
+    check_packages()
+    import onnx
+
+    corrected = with_corrected_biases(network, batches)
+    opsets = onnx.load(source, load_external_data=False).opset_import
+    opset = next(one.version for one in opsets if one.domain in ("", "ai.onnx"))
+    names = input_names(source)
+    inputs = (arrays_of(inputs_in(network, images)) for images in batches)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        file = Path(folder) / "corrected.onnx"
+        write_onnx(corrected, batches[0], file, names, opset)
+        quantise_file(file, target, (dict(zip(names, arrays, strict=True)) for arrays in inputs))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.engines.file_engine import arrays_of
+from secateur.engines.flat_network import inputs_in
 from secateur.engines.onnx_file import cause, quiet
 from secateur.runtime.atomic_io import move_file
 from secateur.runtime.errors import ExportError, UsageError
@@ -29,10 +30,13 @@ def check_nncf() -> None:
             )
 
 
-def quantise_openvino(source: Path, target: Path, batches: Iterable[Sequence[Tensor]]) -> None:
+def quantise_openvino(
+    network: nn.Module, source: Path, target: Path, batches: Sequence[Tensor]
+) -> None:
     """Write the int8 form of a file: activations uint8, weights int8 by channel.
 
-    The `batches` of inputs are run to find the range of each activation. Both files consist of an
+    `source` is the float file of the network, whose `batches` of images are run to find the range
+    of each activation. NNCF corrects the biases itself. Both files consist of an
     `.xml` and a `.bin`. NNCF reports nothing, unless it was imported before. Raises `ExportError`,
     and `UsageError` without the packages.
     """
@@ -40,7 +44,7 @@ def quantise_openvino(source: Path, target: Path, batches: Iterable[Sequence[Ten
     with quiet(), _without(REPORTING):
         import nncf
         import openvino
-    images = [arrays_of(inputs) for inputs in batches]
+    images = [arrays_of(inputs_in(network, one)) for one in batches]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         draft = Path(folder) / target.name
         try:

@@ -6,9 +6,8 @@ images give become its scales. Needs the package torchao, and ExecuTorch's file 
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from secateur.engines.bias_correction import STEPS, with_corrected_biases
 from secateur.engines.executorch import lowered
-from secateur.engines.flat_network import flat_network
+from secateur.engines.flat_network import flat_network, inputs_in
 from secateur.engines.onnx_file import cause, quiet
 from secateur.graph.module_state import evaluating
 from secateur.graph.trace import open_batch
 from secateur.runtime.atomic_io import move_file
 from secateur.runtime.errors import ExportError, UsageError
+from secateur.runtime.timing import repeat_to_batch
 from secateur.runtime.torch_internals import compile_ahead_of_time
 
-Batches = Iterable[Sequence[Tensor]]
-"""Inputs of a network, one by one."""
+X86_STEPS = 127.5
+"""Steps that torchao's observer for x86 divides the largest weight by."""
 
 
 def check_torchao() -> None:
@@ -41,11 +42,11 @@ def check_executorch() -> None:
     _check("executorch", "executorch>=1.5")
 
 
-def quantise_executorch(network: nn.Module, target: Path, batches: Batches) -> None:
+def quantise_executorch(network: nn.Module, target: Path, batches: Sequence[Tensor]) -> None:
     """Write the int8 `.pte` of a network, for one image at a time: weights in int8 by channel.
 
-    The `batches` are run to find the range of each activation. Raises `ExportError`, and
-    `UsageError` without the packages.
+    The `batches` are run to find the range of each activation, and to correct the biases. Raises
+    `ExportError`, and `UsageError` without the packages.
     """
     check_executorch()
     with quiet():
@@ -55,32 +56,30 @@ def quantise_executorch(network: nn.Module, target: Path, batches: Batches) -> N
         )
     quantizer = XNNPACKQuantizer()
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
-    images = (
-        tuple(one[number : number + 1] for one in inputs)
-        for inputs in batches
-        for number in range(len(inputs[0]))
-    )
+    network = with_corrected_biases(network, batches, STEPS)
+    images = torch.cat(list(batches)).split(1)
     _write(network, quantizer, images, target, _write_pte, has_open_batch=False)
 
 
-def quantise_aotinductor(network: nn.Module, target: Path, batches: Batches) -> None:
+def quantise_aotinductor(network: nn.Module, target: Path, batches: Sequence[Tensor]) -> None:
     """Write the int8 `.pt2` of a network for x86 processors: weights in int8 by channel.
 
-    The `batches` are run to find the range of each activation. Raises `ExportError`, and
-    `UsageError` without torchao.
+    The `batches` are run to find the range of each activation, and to correct the biases. Raises
+    `ExportError`, and `UsageError` without torchao.
     """
     check_torchao()
     with quiet():
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    network = with_corrected_biases(network, batches, X86_STEPS)
     _write(network, quantizer, batches, target, compile_ahead_of_time, has_open_batch=True)
 
 
 def _write(
     network: nn.Module,
     quantizer: Any,
-    batches: Batches,
+    batches: Sequence[Tensor],
     target: Path,
     make: Callable[[ExportedProgram, Path], object],
     *,
@@ -95,17 +94,15 @@ def _write(
         shapes = open_batch(module, size, len(example))
         return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
 
-    calibration = iter(batches)
-    first = next(calibration)
     # A batch of one image would be taken for the only size.
-    example = tuple(one[:1].repeat_interleave(1 + has_open_batch, 0) for one in first)
+    example = inputs_in(network, repeat_to_batch(batches[0], 1 + has_open_batch))
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         draft = Path(folder) / target.name
         try:
             with quiet(), evaluating(network), torch.no_grad():
                 observed = prepare_pt2e(export(flat_network(network)).module(), quantizer)
-                for inputs in itertools.chain([first], calibration):
-                    observed(*inputs)
+                for images in batches:
+                    observed(*inputs_in(network, images))
                 make(export(convert_pt2e(observed)), draft)
         except Exception as error:  # torchao and the compilers raise many unrelated types
             raise ExportError(f"the network can't be quantised: {cause(error)}") from error

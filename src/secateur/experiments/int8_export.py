@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from secateur.config import EngineName, RunConfig
 from secateur.data import DataSet, draw_calibration_images
 from secateur.engines.engine import Action, Program
-from secateur.engines.file_engine import arrays_of
 from secateur.engines.flat_network import inputs_in, run_flat
 from secateur.engines.onnx_file import check_packages, write_onnx
-from secateur.engines.onnxruntime import input_names, load_onnx
+from secateur.engines.onnxruntime import load_onnx
 from secateur.engines.openvino import load_openvino
 from secateur.engines.output_structure import Structure, put_together
-from secateur.engines.quantised_file import quantise_file
+from secateur.engines.quantised_file import quantise_network
 from secateur.engines.quantised_openvino import check_nncf, quantise_openvino
 from secateur.engines.quantised_program import (
-    Batches,
     check_executorch,
     check_torchao,
     quantise_aotinductor,
@@ -117,9 +115,9 @@ class Int8Result:
         )
 
 
-Quantise = Callable[[nn.Module, Path, Path, Batches], None]
+Quantise = Callable[[nn.Module, Path, Path, Sequence[Tensor]], None]
 """Writes the int8 form of a network, which a file holds in float: `(network, file, int8, batches)`.
-The batches of inputs give the ranges of activations."""
+The batches of images give the ranges of activations, and correct the biases."""
 
 
 @dataclass(frozen=True)
@@ -138,28 +136,18 @@ class Quantiser:
     """Images that files take at a time; None: any number."""
 
 
-def _quantise_onnx(source: Path, target: Path, batches: Batches) -> None:
-    names = input_names(source)
-    inputs = (dict(zip(names, arrays_of(batch), strict=True)) for batch in batches)
-    quantise_file(source, target, inputs)
-
-
-def _of_file(quantise: Callable[[Path, Path, Batches], None]) -> Quantise:
-    return lambda _, file, int8, batches: quantise(file, int8, batches)
-
-
-def _of_network(quantise: Callable[[nn.Module, Path, Batches], None]) -> Quantise:
+def _of_network(quantise: Callable[[nn.Module, Path, Sequence[Tensor]], None]) -> Quantise:
     return lambda network, _, int8, batches: quantise(network, int8, batches)
 
 
 QUANTISERS: dict[str, Quantiser] = {
     "onnx": Quantiser(
         *("onnxruntime", (".onnx",), write_onnx),
-        *(check_packages, _of_file(_quantise_onnx), load_onnx),
+        *(check_packages, quantise_network, load_onnx),
     ),
     "openvino": Quantiser(
         *("openvino", (".xml", ".bin"), write_openvino),
-        *(check_nncf, _of_file(quantise_openvino), load_openvino),
+        *(check_nncf, quantise_openvino, load_openvino),
     ),
     "executorch": Quantiser(
         *("executorch", (".pte",), write_executorch),
@@ -228,14 +216,14 @@ def export_int8(
     calibration = draw_calibration_images(
         dataset.train, CALIBRATION_IMAGES, stratified=config.data.stratified, seed=config.seed
     )
-    batches = (
+    batches = [
         part
         for batch in reader.read(calibration, "calibrating int8")
         for part in batch.images.split(CALIBRATION_BATCH)
-    )
+    ]
     example = reader.read_first(dataset.test, 2)
     _, structure = run_flat(network, example)
-    quantiser.quantise(network, file, path, (inputs_in(network, images) for images in batches))
+    quantiser.quantise(network, file, path, batches)
 
     def score(name: Path, title: str) -> Score:
         return evaluate(
@@ -300,7 +288,7 @@ def _latency(
             with evaluating(original), torch.no_grad():
                 quantiser.write(original, repeat_to_batch(example, quantiser.batch or 2), whole)
             few = repeat_to_batch(example, TIMING_IMAGES)
-            quantiser.quantise(original, whole, whole_int8, [inputs_in(original, few)])
+            quantiser.quantise(original, whole, whole_int8, [few])
             files |= {"original float": whole, "original int8": whole_int8}
         for batch in LATENCY_BATCHES if quantiser.batch is None else (quantiser.batch,):
             inputs = inputs_in(network, repeat_to_batch(example, batch))
