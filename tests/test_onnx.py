@@ -149,7 +149,7 @@ def test_an_existing_file_is_kept(tmp_path: Path) -> None:
     path.write_text("mine")
     with pytest.raises(ExportError, match="exists already"):
         export_onnx(make_network("chain"), random_images(2), path)
-    with pytest.raises(UsageError, match=r"is a folder: name a file in it, .*model\.onnx"):
+    with pytest.raises(ExportError, match=r"is a folder: name a file in it, .*model\.onnx"):
         export_onnx(make_network("chain"), random_images(2), tmp_path, overwrite=True)
     assert path.read_text() == "mine"
     export_onnx(make_network("chain"), random_images(2), path, overwrite=True)
