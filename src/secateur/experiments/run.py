@@ -139,13 +139,13 @@ def finetune(
     `SecateurError`; the folders then stay as they were.
     """
     run_context = run_context or RunContext()
+    check_run_folder(folder)
     with contextlib.ExitStack() as locks:
         for path in dict.fromkeys((folder, out)):
             locks.enter_context(lock_folder(path))
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
-        check_run_folder(folder)
         result = read_result(folder)
         sections = _sections(folder, result, named or {})
         sections["finetune"] = {**sections["finetune"], **changes}
