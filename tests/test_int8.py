@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from networks import Chain
+from secateur.engines import quantised_program
 from secateur.engines.bias_correction import STEPS, with_corrected_biases
 from secateur.engines.flat_network import outputs_error
 from secateur.engines.openvino import load_openvino
@@ -16,6 +18,8 @@ from secateur.engines.quantised_openvino import quantise_openvino
 from secateur.engines.quantised_program import quantise_aotinductor, quantise_executorch
 from secateur.experiments.int8_export import FormLatency, Int8Result
 from secateur.experiments.other_formats import load_executorch, write_openvino
+from secateur.experiments.program import ProgramNetwork
+from secateur.experiments.program_export import make_program
 from secateur.models.score import Score
 from secateur.models.task import SINGLE_LABEL
 from secateur.runtime.errors import UsageError
@@ -119,6 +123,26 @@ def test_torchao_quantises_a_program_ahead_of_time(tmp_path: Path) -> None:
             part = images[:size].clone()
             assert 1e-4 < outputs_error(run([part]), [network(part)]) < 0.1
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_network_without_code_is_quantised_for_x86(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao", reason="needs torchao")
+    programs: list[ExportedProgram] = []
+
+    def keep(program: ExportedProgram, path: Path) -> None:
+        programs.append(program)
+        path.write_text("")
+
+    monkeypatch.setattr(quantised_program, "compile_ahead_of_time", keep)
+    network, images = chain_and_images()
+    program = make_program(network, images)
+    loaded = ProgramNetwork(program, {**program.constants, **network.state_dict()})
+    quantise_aotinductor(loaded, tmp_path / "model.int8.pt2", images.split(4))
+    targets = [str(node.target) for node in programs[0].graph.nodes]
+    layers = sum(target.startswith(("aten.conv2d", "aten.linear")) for target in targets)
+    assert layers == sum("dequantize_per_channel" in target for target in targets) == 3
 
 
 def test_without_its_package_int8_says_what_to_install(

@@ -6,6 +6,7 @@ images give become its scales. Needs the package torchao, and ExecuTorch's file 
 
 from __future__ import annotations
 
+import operator
 import tempfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Graph
+from torch.nn import functional
 
 from secateur.engines.bias_correction import STEPS, with_corrected_biases
 from secateur.engines.executorch import lowered
@@ -27,6 +30,19 @@ from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.timing import repeat_to_batch
 from secateur.runtime.torch_internals import compile_ahead_of_time
 
+FUNCTIONS: dict[Any, Callable[..., object]] = {
+    torch.ops.aten.conv2d.default: functional.conv2d,
+    torch.ops.aten.linear.default: functional.linear,
+    torch.ops.aten.relu.default: functional.relu,
+    torch.ops.aten.relu_.default: functional.relu,
+    torch.ops.aten.hardtanh.default: functional.hardtanh,
+    torch.ops.aten.hardtanh_.default: functional.hardtanh,
+    torch.ops.aten.hardswish.default: functional.hardswish,
+    torch.ops.aten.hardswish_.default: functional.hardswish,
+    torch.ops.aten.add.Tensor: operator.add,
+    torch.ops.aten.add_.Tensor: operator.add,
+}
+"""Functions of operations that torchao quantises for x86."""
 X86_STEPS = 127.5
 """Steps that torchao's observer for x86 divides the largest weight by."""
 
@@ -100,13 +116,29 @@ def _write(
         draft = Path(folder) / target.name
         try:
             with quiet(), evaluating(network), torch.no_grad():
-                observed = prepare_pt2e(export(flat_network(network)).module(), quantizer)
+                module: Any = export(flat_network(network)).module()
+                name_functions(module.graph)
+                observed = prepare_pt2e(module, quantizer)
                 for images in batches:
                     observed(*inputs_in(network, images))
-                make(export(convert_pt2e(observed)), draft)
+                quantised = export(convert_pt2e(observed))
+                if not any("quantize" in str(node.target) for node in quantised.graph.nodes):
+                    raise ExportError("torchao knows none of its layers")
+                make(quantised, draft)
         except Exception as error:  # torchao and the compilers raise many unrelated types
             raise ExportError(f"the network can't be quantised: {cause(error)}") from error
         move_file(draft, target)
+
+
+def name_functions(graph: Graph) -> None:
+    """Note at the operations of a graph which function each is, where the exporter has not.
+
+    torchao's quantiser for x86 looks for layers by these notes, which are lost when a program is
+    saved. Without them it quantises nothing, and says nothing (torchao 0.18).
+    """
+    for node in graph.nodes:
+        if node.target in FUNCTIONS:
+            node.meta.setdefault("source_fn_stack", [(node.name, FUNCTIONS[node.target])])
 
 
 def _write_pte(program: ExportedProgram, path: Path) -> None:

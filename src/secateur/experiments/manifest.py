@@ -120,6 +120,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     replace_file(folder / MANIFEST, text + "\n")
 
 
+def check_no_address(folder: Path) -> None:
+    """Raise `UsageError` if a folder is an address on the Hub."""
+    address = hub.address_in(folder)
+    if address is not None:
+        raise UsageError(
+            f"{address} is a repository on the Hub, and this command needs a folder: hf download "
+            f"{address.repo} --local-dir FOLDER fetches it"
+        )
+
+
 def check_run_folder(folder: Path) -> None:
     """Raise `RunFolderError`, which says what to name instead, if this is not a run folder.
 
@@ -127,12 +137,7 @@ def check_run_folder(folder: Path) -> None:
     """
     if (folder / MANIFEST).is_file():
         return
-    address = hub.address_in(folder)
-    if address is not None:
-        raise UsageError(
-            f"{address} is a repository on the Hub, and this command needs a folder: hf download "
-            f"{address.repo} --local-dir FOLDER fetches it"
-        )
+    check_no_address(folder)
     if folder.is_file():
         inside = (folder.parent / MANIFEST).is_file()
         advice = f"name {folder.parent}" if inside else "name a folder that secateur prune wrote"

@@ -22,7 +22,7 @@ from secateur.experiments import run_folder
 from secateur.experiments.compare.results import read_rows
 from secateur.experiments.compare.statistics import BenchmarkStatistics, compute_statistics
 from secateur.experiments.engine_times import read_engine_times
-from secateur.experiments.manifest import CONFIG, check_run_folder
+from secateur.experiments.manifest import CONFIG, check_no_address, check_run_folder
 from secateur.experiments.report.benchmark import ROWS
 from secateur.experiments.report.gallery import Gallery, make_gallery
 from secateur.experiments.report.page import write_report
@@ -139,13 +139,14 @@ def finetune(
     `SecateurError`; the folders then stay as they were.
     """
     run_context = run_context or RunContext()
-    check_run_folder(folder)
+    check_no_address(folder)
     with contextlib.ExitStack() as locks:
         for path in dict.fromkeys((folder, out)):
             locks.enter_context(lock_folder(path))
         check_replaceable(out)
         if out != folder:
             run_folder.check_free(out, overwrite=overwrite)
+        check_run_folder(folder)
         result = read_result(folder)
         sections = _sections(folder, result, named or {})
         sections["finetune"] = {**sections["finetune"], **changes}
