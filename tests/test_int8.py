@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from networks import Chain
 from secateur.engines import quantised_program
 from secateur.engines.bias_correction import STEPS, with_corrected_biases
+from secateur.engines.engine import Program
 from secateur.engines.flat_network import outputs_error
 from secateur.engines.openvino import load_openvino
 from secateur.engines.quantised_openvino import quantise_openvino
@@ -22,7 +23,7 @@ from secateur.experiments.program import ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.models.score import Score
 from secateur.models.task import SINGLE_LABEL
-from secateur.runtime.errors import UsageError
+from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.torch_internals import load_compiled
 
 SCORE = Score(0.9, None, 0.3, 100, 1, 1, 0.0)
@@ -135,7 +136,11 @@ def test_a_network_without_code_is_quantised_for_x86(
         programs.append(program)
         path.write_text("")
 
+    def load(_: Path) -> Program:
+        return lambda inputs: programs[0].module()(*inputs)
+
     monkeypatch.setattr(quantised_program, "compile_ahead_of_time", keep)
+    monkeypatch.setattr(quantised_program, "load_compiled", load)
     network, images = chain_and_images()
     program = make_program(network, images)
     loaded = ProgramNetwork(program, {**program.constants, **network.state_dict()})
@@ -143,6 +148,12 @@ def test_a_network_without_code_is_quantised_for_x86(
     targets = [str(node.target) for node in programs[0].graph.nodes]
     layers = sum(target.startswith(("aten.conv2d", "aten.linear")) for target in targets)
     assert layers == sum("dequantize_per_channel" in target for target in targets) == 3
+    monkeypatch.setattr(
+        quantised_program, "load_compiled", lambda _: lambda inputs: [torch.zeros(2, 5)]
+    )
+    with pytest.raises(ExportError, match="outputs differ from those of the quantised network"):
+        quantise_aotinductor(loaded, tmp_path / "other.int8.pt2", images.split(4))
+    assert not (tmp_path / "other.int8.pt2").exists()
 
 
 def test_without_its_package_int8_says_what_to_install(

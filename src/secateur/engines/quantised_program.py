@@ -20,15 +20,17 @@ from torch.fx import Graph
 from torch.nn import functional
 
 from secateur.engines.bias_correction import STEPS, with_corrected_biases
-from secateur.engines.executorch import lowered
-from secateur.engines.flat_network import flat_network, inputs_in
+from secateur.engines.engine import Program
+from secateur.engines.executorch import load_program, lowered
+from secateur.engines.flat_network import flat_network, inputs_in, outputs_error
 from secateur.engines.onnx_file import cause, quiet
+from secateur.engines.output_structure import take_apart
 from secateur.graph.module_state import evaluating
 from secateur.graph.trace import open_batch
 from secateur.runtime.atomic_io import move_file
 from secateur.runtime.errors import ExportError, UsageError
 from secateur.runtime.timing import repeat_to_batch
-from secateur.runtime.torch_internals import compile_ahead_of_time
+from secateur.runtime.torch_internals import compile_ahead_of_time, load_compiled
 
 FUNCTIONS: dict[Any, Callable[..., object]] = {
     torch.ops.aten.conv2d.default: functional.conv2d,
@@ -43,6 +45,8 @@ FUNCTIONS: dict[Any, Callable[..., object]] = {
     torch.ops.aten.add_.Tensor: operator.add,
 }
 """Functions of operations that torchao quantises for x86."""
+TOLERANCE = 0.1
+"""Relative, of the outputs of a quantised network's file: values may round either way."""
 X86_STEPS = 127.5
 """Steps that torchao's observer for x86 divides the largest weight by."""
 
@@ -74,7 +78,7 @@ def quantise_executorch(network: nn.Module, target: Path, batches: Sequence[Tens
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     network = with_corrected_biases(network, batches, STEPS)
     images = torch.cat(list(batches)).split(1)
-    _write(network, quantizer, images, target, _write_pte, has_open_batch=False)
+    _write(network, quantizer, images, target, _write_pte, _load_pte, has_open_batch=False)
 
 
 def quantise_aotinductor(network: nn.Module, target: Path, batches: Sequence[Tensor]) -> None:
@@ -89,7 +93,8 @@ def quantise_aotinductor(network: nn.Module, target: Path, batches: Sequence[Ten
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     network = with_corrected_biases(network, batches, X86_STEPS)
-    _write(network, quantizer, batches, target, compile_ahead_of_time, has_open_batch=True)
+    arguments = network, quantizer, batches, target, compile_ahead_of_time, load_compiled
+    _write(*arguments, has_open_batch=True)
 
 
 def _write(
@@ -98,10 +103,11 @@ def _write(
     batches: Sequence[Tensor],
     target: Path,
     make: Callable[[ExportedProgram, Path], object],
+    load: Callable[[Path], Program],
     *,
     has_open_batch: bool,
 ) -> None:
-    """Write what `make` makes of the quantised program of a network."""
+    """Write what `make` makes of the quantised program of a network, and check its outputs."""
     with quiet():
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -125,6 +131,13 @@ def _write(
                 if not any("quantize" in str(node.target) for node in quantised.graph.nodes):
                     raise ExportError("torchao knows none of its layers")
                 make(quantised, draft)
+                expected, _ = take_apart(quantised.module()(*example))
+                difference = outputs_error(load(draft)(example), expected)
+            if not difference < TOLERANCE:
+                raise ExportError(
+                    "the compiled file's outputs differ from those of the quantised network: "
+                    f"relative difference {difference:.2f}"
+                )
         except Exception as error:  # torchao and the compilers raise many unrelated types
             raise ExportError(f"the network can't be quantised: {cause(error)}") from error
         move_file(draft, target)
@@ -143,6 +156,10 @@ def name_functions(graph: Graph) -> None:
 
 def _write_pte(program: ExportedProgram, path: Path) -> None:
     path.write_bytes(lowered(program))
+
+
+def _load_pte(path: Path) -> Program:
+    return load_program(path.read_bytes())
 
 
 def _check(package: str, extra: str) -> None:
