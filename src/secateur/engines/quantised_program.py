@@ -146,8 +146,9 @@ def _write(
 def name_functions(graph: Graph) -> None:
     """Note at the operations of a graph which function each is, where the exporter has not.
 
-    torchao's quantiser for x86 looks for layers by these notes, which are lost when a program is
-    saved. Without them it quantises nothing, and says nothing (torchao 0.18).
+    torchao's quantiser for x86 looks for layers by these notes, and the exporter leaves them out
+    where a network calls operations itself, as one that is loaded without its code does. Without
+    them nothing is quantised, and nothing is said (torchao 0.18).
     """
     for node in graph.nodes:
         if node.target in FUNCTIONS:
