@@ -70,7 +70,8 @@ def finer_multiples_note(multiples: Multiples, refused: Multiples, budget: Budge
     kept = "any number of filters" if multiples == FREE else f"filters in {multiples}"
     return (
         f"Layers keep {kept}: in {refused}, no plan ends near {budget}. An engine may take longer "
-        f"for such numbers; --round-to {refused.general} insists on multiples of them."
+        f"for such numbers. With --round-to {refused.general} they keep multiples of "
+        f"{refused.general}, and the target may be missed."
     )
 
 
