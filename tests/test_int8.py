@@ -13,12 +13,13 @@ from networks import Chain
 from secateur.engines import quantised_program
 from secateur.engines.bias_correction import STEPS, with_corrected_biases
 from secateur.engines.engine import Program
+from secateur.engines.executorch import load_executorch
 from secateur.engines.flat_network import outputs_error
 from secateur.engines.openvino import load_openvino
 from secateur.engines.quantised_openvino import quantise_openvino
 from secateur.engines.quantised_program import quantise_aotinductor, quantise_executorch
 from secateur.experiments.int8_export import FormLatency, Int8Result
-from secateur.experiments.other_formats import load_executorch, write_openvino
+from secateur.experiments.other_formats import write_openvino
 from secateur.experiments.program import ProgramNetwork
 from secateur.experiments.program_export import make_program
 from secateur.models.score import Score

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,11 @@ def lowered(program: ExportedProgram) -> bytes:
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     content: bytes = edge.to_executorch().buffer
     return content
+
+
+def load_executorch(path: Path) -> Program:
+    """Return what runs a `.pte` file; see `load_program`."""
+    return load_program(path.read_bytes())
 
 
 def load_program(content: bytes) -> Program:

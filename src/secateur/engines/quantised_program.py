@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from secateur.engines.bias_correction import STEPS, with_corrected_biases
 from secateur.engines.engine import Program
-from secateur.engines.executorch import load_program, lowered
+from secateur.engines.executorch import load_executorch, lowered
 from secateur.engines.flat_network import flat_network, inputs_in, outputs_error
 from secateur.engines.onnx_file import cause, quiet
 from secateur.engines.output_structure import take_apart
@@ -78,7 +78,7 @@ def quantise_executorch(network: nn.Module, target: Path, batches: Sequence[Tens
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     network = with_corrected_biases(network, batches, STEPS)
     images = torch.cat(list(batches)).split(1)
-    _write(network, quantizer, images, target, _write_pte, _load_pte, has_open_batch=False)
+    _write(network, quantizer, images, target, _write_pte, load_executorch, has_open_batch=False)
 
 
 def quantise_aotinductor(network: nn.Module, target: Path, batches: Sequence[Tensor]) -> None:
@@ -157,10 +157,6 @@ def name_functions(graph: Graph) -> None:
 
 def _write_pte(program: ExportedProgram, path: Path) -> None:
     path.write_bytes(lowered(program))
-
-
-def _load_pte(path: Path) -> Program:
-    return load_program(path.read_bytes())
 
 
 def _check(package: str, extra: str) -> None:

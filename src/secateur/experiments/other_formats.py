@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from secateur.config import FormatName
 from secateur.engines.engine import Program
-from secateur.engines.executorch import load_program, make_program
+from secateur.engines.executorch import load_executorch, make_program
 from secateur.engines.flat_network import flat_network, inputs_in, outputs_error, run_flat
 from secateur.engines.onnx_file import Images, cause, check_packages, quiet, write_onnx
 from secateur.engines.onnxruntime import load_onnx
@@ -139,11 +139,6 @@ def write_openvino(model: nn.Module, example: Tensor, path: Path) -> None:
 def write_executorch(model: nn.Module, example: Tensor, path: Path) -> None:
     """Write ExecuTorch's `.pte` of a network, for batches of exactly the example's size."""
     path.write_bytes(make_program(model, example))
-
-
-def load_executorch(path: Path) -> Program:
-    """Return what runs a `.pte` file."""
-    return load_program(path.read_bytes())
 
 
 def _write_coreml(model: nn.Module, example: Tensor, path: Path) -> None:
